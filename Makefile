@@ -1,0 +1,31 @@
+# uv from this machine, or else installed into the project by Python's own venv and pip.
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+
+# .python-version asks for 3.12; where there is none, any later Python serves.
+ifeq (,$(shell command -v python3.12))
+export UV_PYTHON ?= >=3.12
+endif
+
+.PHONY: help server client demo test
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
+	  printf '%-12s %s\n' "$$target" "$$what"; done
+
+server: $(UV)  ## start the gateway on http://localhost:8321, no key needed
+	@exec $(UV) run deploy/serve.sh
+
+client: $(UV)  ## run main.py with the keys of .env
+	@$(UV) run python main.py
+
+demo: $(UV)  ## no keys, no internet: stand-in vendors, the gateway and main.py together
+	@$(UV) run --group dev python tests/demo.py
+
+test: $(UV)  ## the whole test suite, offline
+	$(UV) run --group dev ruff check
+	$(UV) run --group dev ruff format --check
+	$(UV) run --group dev pytest
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet uv
