@@ -1,0 +1,93 @@
+"""The test world: stand-in vendors, the gateway as `make server` starts it, and the callers' headers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from gateway import PROJECT, PROVIDER_DATA, Gateway
+from vendors import KEYS, Vendors
+
+RUN_YAML = yaml.safe_load((PROJECT / "run.yaml").read_text())
+MODELS = [model["model_id"] for model in RUN_YAML["registered_resources"]["models"]]
+
+# The two embeddings models that users are promised, by the provider that serves them.
+EMBEDDINGS = ["openai/text-embedding-3-small", "gemini-native/gemini-embedding-001"]
+
+# One header for every model.
+ALL_KEYS = {
+    PROVIDER_DATA: json.dumps(
+        {f"{vendor}_authorization": f"Bearer {key}" for vendor, key in KEYS.items()} | {"gemini_api_key": KEYS["gemini"]}
+    )
+}
+
+
+def vendor_of(model: str) -> str:
+    """The vendor behind a model: openai for openai-mini/gpt-4o-mini."""
+    return model.replace("-", "/").split("/")[0]
+
+
+def one_key(model: str) -> dict[str, str]:
+    """The older form of the header: the key for this one call, and a URL that is ignored."""
+    return {
+        PROVIDER_DATA: json.dumps({"passthrough_api_key": KEYS[vendor_of(model)], "passthrough_url": "https://api.openai.com"})
+    }
+
+
+def chat(model: str, prompt: str = "Hello", **more: object) -> dict:
+    """The body of a chat call."""
+    return {"model": model, "messages": [{"role": "user", "content": prompt}]} | more
+
+
+def events(response: httpx.Response) -> list[dict]:
+    """The server-sent events of a streamed answer, without a closing [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def streamed_text(response: httpx.Response) -> str:
+    """The text of a streamed answer."""
+    return "".join(choice["delta"]["content"] or "" for event in events(response) for choice in event["choices"])
+
+
+def message(response: httpx.Response) -> str:
+    """The message of an error answer, in the one shape that OpenAI clients read."""
+    return response.json()["error"]["message"]
+
+
+@pytest.fixture(scope="session")
+def vendors() -> Iterator[Vendors]:
+    """The stand-in vendors."""
+    with Vendors() as vendors:
+        yield vendors
+
+
+@pytest.fixture(scope="session")
+def gateway(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """The gateway, started by `make server` in an environment with no key."""
+    with Gateway(tmp_path_factory.mktemp("gateway"), **vendors.environ()) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def client(gateway: Gateway) -> Iterator[httpx.Client]:
+    """An HTTP client for the gateway that sends no key unless a call adds one.
+
+    It opens a connection for each call, because the server closes one after an error without announcing it.
+    """
+    limits = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=gateway.url, timeout=30, trust_env=False, limits=limits) as client:
+        yield client
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of what a server needs, for tests that change run.yaml."""
+    copy = tmp_path / "project"
+    (copy / "deploy").mkdir(parents=True)
+    for name in ("run.yaml", "deploy/serve.sh"):
+        (copy / name).write_bytes((PROJECT / name).read_bytes())
+        (copy / name).chmod(0o755)
+    return copy

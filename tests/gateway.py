@@ -1,0 +1,107 @@
+"""Start and stop the real gateway, the way its users do, in an environment that the machine cannot leak into."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+PROJECT = Path(__file__).parent.parent
+PROVIDER_DATA = "X-LlamaStack-Provider-Data"
+
+
+def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
+    """An environment with nothing in it but a search path, an empty home and `settings`.
+
+    The machine's own proxies, certificates and keys are left out, because they would decide a test's outcome.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"} | settings
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Gateway:
+    """One gateway process and everything it starts. A context manager that leaves nothing running.
+
+    `command` is what a user types, `home` an empty folder, `settings` the environment on top of `clean_environ`.
+    """
+
+    def __init__(self, home: Path, command: tuple[str, ...] = ("make", "server"), cwd: Path = PROJECT, **settings: str) -> None:
+        self.home, self.command, self.cwd = home, command, cwd
+        self.port = int(settings.setdefault("LLAMA_STACK_PORT", str(free_port())))
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.settings = settings
+        self.log_file = home / f"gateway-{self.port}.log"
+
+    @property
+    def log(self) -> str:
+        """All that the process has printed so far."""
+        return self.log_file.read_text()
+
+    def start(self, seconds: float = 60) -> "Gateway":
+        """Start the process and wait until it answers `/v1/health`.
+
+        Raises RuntimeError with the end of its log if it exits, or takes longer than `seconds`.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.cwd,
+                env=clean_environ(self.home, **self.settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and self.process.poll() is None:
+                if self.answers():
+                    return self
+                time.sleep(0.1)
+            raise RuntimeError(f"The gateway did not start. The end of its log:\n{self.log[-3000:]}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def answers(self) -> bool:
+        """Whether it answers `/v1/health`."""
+        try:
+            return httpx.get(f"{self.url}/v1/health", trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    def stop(self, seconds: float = 20) -> int:
+        """Ask it to end, insist after `seconds`, and return the exit code of the command."""
+        self.signal(signal.SIGTERM)
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.signal(signal.SIGKILL)
+        return self.process.wait()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the command and all that it started, as Ctrl-C in a terminal would."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

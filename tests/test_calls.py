@@ -1,0 +1,173 @@
+"""Every call that users send gets the vendor's answer, or the vendor's error."""
+
+import time
+
+import httpx
+import pytest
+from conftest import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, chat, events, message, one_key, streamed_text, vendor_of
+from vendors import VENDORS, Vendors
+
+BOTH_FORMS = pytest.mark.parametrize("header", [lambda _: ALL_KEYS, one_key], ids=["all-keys", "one-key"])
+EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
+EVERY_VENDOR = pytest.mark.parametrize("vendor", ["openai", "gemini", "anthropic"])
+
+
+def test_lists_exactly_the_five_models_with_their_display_names(client: httpx.Client) -> None:
+    listed = {model["id"]: model["custom_metadata"]["display_name"] for model in client.get("/v1/models").json()["data"]}
+    assert listed == {
+        "openai/gpt-4o": "GPT-4o",
+        "openai-mini/gpt-4o-mini": "GPT-4o Mini",
+        "openai-mini/gpt-4.1-nano": "GPT-4.1 Nano",
+        "gemini/gemini-2.5-flash-lite": "Gemini 2.5 Flash Lite",
+        "anthropic/claude-haiku-4-5-20251001": "Claude Haiku 4.5",
+    }
+
+
+def test_every_registered_model_is_named_as_callers_name_it() -> None:
+    for model in RUN_YAML["registered_resources"]["models"]:
+        assert model["model_id"] == f"{model['provider_id']}/{model['provider_model_id']}"
+
+
+def test_tells_about_one_model(client: httpx.Client) -> None:
+    assert client.get(f"/v1/models/{MODELS[0]}").json()["identifier"] == MODELS[0]
+
+
+@EVERY_MODEL
+@BOTH_FORMS
+def test_regular_call(client: httpx.Client, vendors: Vendors, model: str, header) -> None:
+    response = client.post("/v1/chat/completions", headers=header(model), json=chat(model, f"regular {model}"))
+    answer = response.json()
+    assert answer["choices"][0]["message"]["content"].endswith(f"You said: regular {model}")
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["total_tokens"] > 0
+    arrived = vendors.seen_with(f"regular {model}")[-1]
+    assert arrived.vendor == vendor_of(model)
+    assert arrived.json["model"] == model.partition("/")[2]
+
+
+@EVERY_MODEL
+@BOTH_FORMS
+def test_streaming_call(client: httpx.Client, model: str, header) -> None:
+    response = client.post("/v1/chat/completions", headers=header(model), json=chat(model, f"stream {model}", stream=True))
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert streamed_text(response).endswith(f"You said: stream {model}")
+    assert len(events(response)) > 5
+    assert events(response)[-1]["choices"][0]["finish_reason"] == "stop"
+    assert not any(event.get("usage") for event in events(response))
+
+
+@EVERY_MODEL
+def test_streaming_call_with_usage(client: httpx.Client, model: str) -> None:
+    body = chat(model, stream=True, stream_options={"include_usage": True})
+    last = events(client.post("/v1/chat/completions", headers=ALL_KEYS, json=body))[-1]
+    assert last["choices"] == []
+    assert last["usage"]["total_tokens"] > 0
+
+
+def test_tokens_arrive_as_the_vendor_sends_them(client: httpx.Client) -> None:
+    """From a stand-in that takes 0.3 s a word, the words come one by one and not all at the end."""
+    arrived = []
+    with client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/slow", stream=True)) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                arrived.append(time.monotonic())
+    assert arrived[-1] - arrived[0] > 1
+
+
+@pytest.mark.parametrize("model", EMBEDDINGS)
+@BOTH_FORMS
+def test_embeddings(client: httpx.Client, model: str, header) -> None:
+    if model.startswith("gemini-native") and header is one_key:
+        pytest.skip("The native provider takes its key as gemini_api_key; the older form is for passthrough.")
+    body = {"model": model, "input": ["a text", "another"]}
+    answer = client.post("/v1/embeddings", headers=header(model), json=body).json()
+    assert [item["index"] for item in answer["data"]] == [0, 1]
+    assert answer["data"][0]["embedding"] != answer["data"][1]["embedding"]
+    assert answer["usage"]["total_tokens"] >= 0
+
+
+@pytest.mark.parametrize("provider", ["openai", "openai-mini", "gemini", "anthropic"])
+def test_a_model_that_is_not_registered_works_by_its_vendor_id(client: httpx.Client, provider: str) -> None:
+    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(f"{provider}/brand-new-model"))
+    assert "not brand-new-model itself" in response.json()["choices"][0]["message"]["content"]
+
+
+@EVERY_VENDOR
+@pytest.mark.parametrize("status", [404, 429, 500, 503])
+@pytest.mark.parametrize("stream", [False, True], ids=["regular", "stream"])
+def test_a_vendor_error_keeps_its_status_and_message(client: httpx.Client, vendor: str, status: int, stream: bool) -> None:
+    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(f"{vendor}/status-{status}", stream=stream))
+    title = next(each.title for each in VENDORS.values() if each.name == vendor)
+    assert response.status_code == status
+    assert f"{title} says {status}." in message(response)
+
+
+@EVERY_VENDOR
+def test_a_wrong_key_is_the_vendors_to_refuse(client: httpx.Client, vendor: str) -> None:
+    status, words = next(each.bad_key for each in VENDORS.values() if each.name == vendor)
+    wrong = {"X-LlamaStack-Provider-Data": f'{{"{vendor}_authorization": "Bearer sk-fake-wrong"}}'}
+    response = client.post("/v1/chat/completions", headers=wrong, json=chat(f"{vendor}/any"))
+    assert response.status_code == status
+    assert words in message(response)
+
+
+def test_a_proxy_page_instead_of_an_answer_is_an_error(client: httpx.Client) -> None:
+    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/html"))
+    assert response.status_code == 502
+    assert "Bad Gateway" in message(response)
+
+
+def test_a_vendor_that_hangs_up_is_an_error(client: httpx.Client) -> None:
+    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/hang-up"))
+    assert response.status_code == 500
+    assert message(response)
+
+
+@pytest.mark.parametrize("fault", ["hang-up", "error-event"])
+def test_a_stream_that_fails_ends_with_an_error_event(client: httpx.Client, fault: str) -> None:
+    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(f"openai/{fault}", stream=True))
+    assert events(response)[0]["choices"][0]["delta"]["content"] == ""
+    assert events(response)[-1]["error"]["message"]
+
+
+def test_a_stream_that_ends_early_has_no_finish_reason(client: httpx.Client) -> None:
+    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/no-finish", stream=True))
+    assert not any(choice["finish_reason"] for event in events(response) for choice in event["choices"])
+
+
+def test_a_silent_vendor_does_not_hold_up_others(client: httpx.Client) -> None:
+    with client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/stall", stream=True)) as stalled:
+        next(stalled.iter_lines())
+        assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/gpt-4o")).is_success
+
+
+NOT_JSON = {"content": b'{"model": ', "headers": ALL_KEYS | {"content-type": "application/json"}}
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "words"),
+    [
+        pytest.param(NOT_JSON, 400, "JSON decode error", id="body is not JSON"),
+        pytest.param({"json": {"model": MODELS[0]}, "headers": ALL_KEYS}, 400, "messages", id="no messages"),
+        pytest.param({"json": chat("openai/no-such-model"), "headers": ALL_KEYS}, 404, "no-such-model", id="unknown model"),
+        pytest.param({"json": chat("nobody/gpt-4o"), "headers": ALL_KEYS}, 404, "nobody/gpt-4o", id="unknown provider"),
+        pytest.param({"json": chat("gpt-4o"), "headers": ALL_KEYS}, 404, "gpt-4o", id="no provider"),
+        pytest.param({"json": chat(MODELS[0])}, 401, "API key", id="no header"),
+        pytest.param({"json": chat(MODELS[0]), "headers": {"X-LlamaStack-Provider-Data": "{"}}, 401, "API key", id="not JSON"),
+        pytest.param({"json": chat(MODELS[0]), "headers": {"X-LlamaStack-Provider-Data": "[1]"}}, 500, "Internal", id="a list"),
+        pytest.param({"json": chat(MODELS[0], nonsense=1), "headers": ALL_KEYS}, 500, "Internal", id="unknown parameter"),
+    ],
+)
+def test_a_call_that_cannot_work_gets_a_readable_error(client: httpx.Client, call: dict, status: int, words: str) -> None:
+    response = client.post("/v1/chat/completions", **call)
+    assert response.status_code == status
+    assert words in response.text
+    assert "Traceback" not in response.text
+    assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
+
+
+def test_extra_parameters_pass_inside_extra_body(client: httpx.Client, vendors: Vendors) -> None:
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
+    body = chat("anthropic/claude-haiku-4-5-20251001", "think about it", extra_body=thinking)
+    assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=body).is_success
+    assert vendors.seen_with("think about it")[-1].json["thinking"] == thinking["thinking"]

@@ -1,0 +1,305 @@
+"""Stand-ins for the three vendors, reached under the vendors' real hostnames.
+
+One TLS server on loopback answers for all three, and a CONNECT proxy leads their hostnames to it. A process started with
+`Vendors.environ()` in its environment talks to the stand-ins as it would to the vendors: same names, same paths, same
+certificate checks. Any other hostname is refused and remembered in `Vendors.strangers`.
+
+What a stand-in does is chosen by the model's name (see `answer_chat`), so a test or a reader needs no side channel:
+`openai/status-429` is a model that is always rate limited.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import re
+import struct
+import tempfile
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import trustme
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+HTML_ERROR = "<html><body><h1>502 Bad Gateway</h1></body></html>"
+
+
+def openai_error(status: int, message: str) -> dict:
+    """OpenAI's error body (platform.openai.com/docs/guides/error-codes)."""
+    kind = {401: "invalid_request_error", 429: "rate_limit_error"}.get(status, "api_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": "invalid_api_key" if status == 401 else None}}
+
+
+def gemini_error(status: int, message: str) -> list:
+    """Google's error body, which its OpenAI-compatible endpoint wraps in a list (ai.google.dev/gemini-api/docs/openai)."""
+    names = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
+    return [{"error": {"code": status, "message": message, "status": names.get(status, "INTERNAL")}}]
+
+
+def anthropic_error(status: int, message: str) -> dict:
+    """Anthropic's error body (docs.anthropic.com/en/api/errors)."""
+    names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 529: "overloaded_error"}
+    return {"type": "error", "error": {"type": names.get(status, "api_error"), "message": message}, "request_id": "req_fake"}
+
+
+class Vendor(NamedTuple):
+    """What tells one vendor's OpenAI-compatible API from another's."""
+
+    name: str
+    title: str
+    prefixes: tuple[str, ...]
+    error: Callable[[int, str], Any]
+    bad_key: tuple[int, str]
+
+    @property
+    def key(self) -> str:
+        """The key that this stand-in accepts; anything that starts like it will do, so that callers can have their own."""
+        return f"sk-fake-{self.name}"
+
+
+VENDORS = {
+    "api.openai.com": Vendor(
+        "openai",
+        "OpenAI",
+        ("/v1",),
+        openai_error,
+        (401, "Incorrect API key provided. You can find your API key at https://platform.openai.com/account/api-keys."),
+    ),
+    # Google answers at the doubled path as well.
+    "generativelanguage.googleapis.com": Vendor(
+        "gemini",
+        "Google",
+        ("/v1beta/openai", "/v1beta/openai/v1"),
+        gemini_error,
+        (400, "API key not valid. Please pass a valid API key."),
+    ),
+    "api.anthropic.com": Vendor("anthropic", "Anthropic", ("/v1",), anthropic_error, (401, "invalid x-api-key")),
+}
+KEYS = {vendor.name: vendor.key for vendor in VENDORS.values()}
+
+
+class Seen(NamedTuple):
+    """One request as it arrived at a vendor."""
+
+    vendor: str
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def key(self) -> str | None:
+        return self.headers.get("authorization")
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def text_of(messages: list[dict]) -> str:
+    """The text of the last message, whether its content is a string or a list of parts."""
+    content = messages[-1].get("content") or ""
+    if isinstance(content, list):
+        content = " ".join(part.get("text", f"[{part['type']}]") for part in content)
+    return content
+
+
+def usage(prompt: str, reply: str) -> dict:
+    """Token counts, a word being a token here."""
+    asked, answered = len(prompt.split()), len(reply.split())
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+
+
+def vector(text: str, dimensions: int = 8) -> list[float]:
+    """A short vector that depends on the text."""
+    return [((sum(text.encode()) * (i + 1)) % 97) / 97 for i in range(dimensions)]
+
+
+async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIterator[bytes]:
+    """A streamed answer as server-sent events, or what is left of it when `model` names a fault."""
+    reply = answer_text(vendor, model, prompt)
+    head = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model}
+
+    def event(delta: dict, finish: str | None = None, **more: Any) -> bytes:
+        chunk = head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]} | more
+        return f"data: {json.dumps(chunk)}\n\n".encode()
+
+    yield event({"role": "assistant", "content": ""})
+    words = reply.split(" ")
+    for i, word in enumerate(words):
+        if i == 3:
+            if model == "hang-up":
+                raise ConnectionResetError("the stand-in hangs up")
+            if model == "stall":
+                await asyncio.Event().wait()
+            if model == "no-finish":
+                return
+            if model == "error-event":
+                error = openai_error(500, "The stand-in failed in the middle of its answer.")
+                yield f"data: {json.dumps(error)}\n\n".encode()
+                return
+        await asyncio.sleep(0.3 if model == "slow" else 0)
+        # Gemini ends with a chunk that has both text and finish_reason; the others send an empty one.
+        last = "stop" if vendor.name == "gemini" and word is words[-1] and i == len(words) - 1 else None
+        yield event({"content": word if i == 0 else f" {word}"}, last)
+    if vendor.name != "gemini":
+        yield event({}, "stop")
+    if (body.get("stream_options") or {}).get("include_usage"):
+        yield f"data: {json.dumps(head | {'choices': [], 'usage': usage(prompt, reply)})}\n\n".encode()
+    yield b"data: [DONE]\n\n"
+
+
+def answer_text(vendor: Vendor, model: str, prompt: str) -> str:
+    """What a stand-in replies. It says what it is, and gives the prompt back so that callers can be told apart."""
+    return f"This is a stand-in for {vendor.title}, not {model} itself. You said: {prompt}"
+
+
+async def answer_chat(vendor: Vendor, body: dict) -> Response:
+    """POST chat/completions. Models that misbehave:
+
+    `status-NNN` answers with that status and the vendor's error body, `html` with a proxy's HTML page;
+    `hang-up` closes the connection, `stall` goes silent, `no-finish` ends a stream early but cleanly and `error-event`
+    ends it with an error (each after a few words if streamed); `slow` takes 0.3 s a word.
+    """
+    model, prompt = body["model"], text_of(body["messages"])
+    if status := re.fullmatch(r"status-(\d{3})", model):
+        code = int(status[1])
+        # Without a hint of when to try again, the server's OpenAI SDK would spend 0.5 s and more on each of its two retries.
+        return JSONResponse(vendor.error(code, f"{vendor.title} says {code}."), code, {"retry-after-ms": "20"})
+    if model == "html":
+        return HTMLResponse(HTML_ERROR, 502, {"retry-after-ms": "20"})
+    if body.get("stream"):
+        return StreamingResponse(chunks(vendor, model, prompt, body), media_type="text/event-stream")
+    if model == "hang-up":
+        return StreamingResponse(chunks(vendor, model, prompt, body), media_type="application/json")
+    if model == "stall":
+        await asyncio.Event().wait()
+    reply = answer_text(vendor, model, prompt)
+    choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+    head = {"id": "chatcmpl-fake", "object": "chat.completion", "created": 1_700_000_000, "model": model}
+    return JSONResponse(head | {"choices": [choice], "usage": usage(prompt, reply)})
+
+
+def answer_embeddings(vendor: Vendor, body: dict) -> Response:
+    """POST embeddings. Anthropic has none; Gemini leaves out `usage`, and `index` where it is 0."""
+    if vendor.name == "anthropic":
+        return JSONResponse(vendor.error(404, "Not found"), 404)
+    texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
+    data = []
+    for i, text in enumerate(texts):
+        numbers: Any = vector(str(text), body.get("dimensions") or 8)
+        if body.get("encoding_format") == "base64":
+            numbers = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+        data.append({"object": "embedding", "embedding": numbers, "index": i})
+    answer = {"object": "list", "data": data, "model": body["model"]}
+    if vendor.name == "gemini":
+        del data[0]["index"]
+    else:
+        answer["usage"] = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
+    return JSONResponse(answer)
+
+
+class Vendors:
+    """The running stand-ins, as a context manager.
+
+    `seen` holds the last requests in order of arrival, `strangers` the other hostnames that were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.seen: deque[Seen] = deque(maxlen=20_000)
+        self.strangers: list[str] = []
+
+    def environ(self) -> dict[str, str]:
+        """The variables that lead a process to the stand-ins, and let it trust them."""
+        return {"HTTPS_PROXY": f"http://127.0.0.1:{self.proxy_port}", "SSL_CERT_FILE": str(self.ca_file)}
+
+    def seen_with(self, marker: str) -> list[Seen]:
+        """The requests whose body contains `marker`."""
+        return [request for request in list(self.seen) if marker.encode() in request.body]
+
+    async def answer(self, request: Request) -> Response:
+        """Any request to any vendor: remember it, check its path and key, and answer in the vendor's manner."""
+        vendor = VENDORS[request.url.hostname or ""]
+        body, path = await request.body(), request.url.path
+        self.seen.append(Seen(vendor.name, request.method, path, dict(request.headers), body))
+        calls = {
+            f"{prefix}{call}": call for prefix in vendor.prefixes for call in ("/models", "/chat/completions", "/embeddings")
+        }
+        if path not in calls:
+            return JSONResponse(vendor.error(404, f"No such path: {path}"), 404)
+        if not request.headers.get("authorization", "").startswith(f"Bearer {vendor.key}"):
+            status, message = vendor.bad_key
+            return JSONResponse(vendor.error(status, message), status)
+        if calls[path] == "/models":
+            return JSONResponse({"object": "list", "data": [{"id": f"{vendor.name}-other", "object": "model"}]})
+        call = json.loads(body)
+        if call["model"] == "no-such-model":
+            return JSONResponse(vendor.error(404, "The model no-such-model does not exist."), 404)
+        return answer_embeddings(vendor, call) if calls[path] == "/embeddings" else await answer_chat(vendor, call)
+
+    async def tunnel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One CONNECT request to the proxy, and everything that follows on its connection."""
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            host = head.split()[1].decode().rpartition(":")[0]
+            if host in VENDORS:
+                there, back = await asyncio.open_connection("127.0.0.1", self.tls_port)
+                writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                await asyncio.gather(pump(reader, back), pump(there, writer))
+            else:
+                self.strangers.append(host)
+                writer.write(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+        writer.close()
+
+    async def serve(self) -> None:
+        """Run the TLS server and the proxy until `stop` is set."""
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        app = Starlette(routes=[Route("/{path:path}", self.answer, methods=["GET", "POST"])])
+        settings = {"lifespan": "off", "log_level": "critical", "backlog": 4096}
+        server = uvicorn.Server(uvicorn.Config(app, port=0, ssl_certfile=self.certificate_file, **settings))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        self.tls_port = server.servers[0].sockets[0].getsockname()[1]
+        proxy = await asyncio.start_server(self.tunnel, "127.0.0.1", backlog=4096)
+        self.proxy_port = proxy.sockets[0].getsockname()[1]
+        self.ready.set()
+        await self.stop.wait()
+        proxy.close()
+        server.should_exit = server.force_exit = True
+        await serving
+
+    def __enter__(self) -> Self:
+        self.folder = tempfile.TemporaryDirectory()
+        authority = trustme.CA()
+        self.ca_file = Path(self.folder.name, "stand-in-ca.pem")
+        authority.cert_pem.write_to_path(self.ca_file)
+        self.certificate_file = Path(self.folder.name, "stand-in.pem")
+        authority.issue_cert(*VENDORS).private_key_and_cert_chain_pem.write_to_path(self.certificate_file)
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True)
+        self.thread.start()
+        if not self.ready.wait(10):
+            raise RuntimeError("The stand-in vendors did not start within 10 seconds.")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join(10)
+        self.folder.cleanup()
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copy bytes until the source ends, then end the destination too."""
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
