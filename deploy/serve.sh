@@ -35,7 +35,8 @@ for statement in \
 done
 
 # The server's tracebacks quote what a caller sent (a malformed body) and what a vendor answered. Once it is up, only its
-# JSON lines are let through, without the exceptions in them.
+# JSON lines are let through, without the exceptions in them. (No line holds a \n: to the end, as $ would say, but $ makes
+# sed wait for the next line.)
 if [ "$LLAMA_STACK_LOG_FORMAT" = json ]; then
   pipe="$SQLITE_STORE_DIR/log.$$"
   mkfifo -m 600 "$pipe"
@@ -43,7 +44,7 @@ if [ "$LLAMA_STACK_LOG_FORMAT" = json ]; then
     trap '' INT TERM
     rm "$pipe"
     exec sed -u \
-      -e '/Application startup complete/,$ { /^{/!d; }' \
+      -e '/Application startup complete/,/\n/ { /^{/!d; }' \
       -e 's/"exc_info": \[.*\], "level"/"level"/'
   ) < "$pipe" &
   exec > "$pipe" 2>&1

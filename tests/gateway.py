@@ -105,3 +105,14 @@ class Gateway:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def processes(leader: int) -> list[tuple[str, ...]]:
+    """The process id and the arguments of every living process in the session that `leader` leads. Source: /proc."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (folder / "cmdline").read_text()  # Empty once the process has ended.
+            if arguments and os.getsid(int(folder.name)) == leader:
+                found.append((folder.name, *arguments.split("\0")))
+    return found
