@@ -1,0 +1,83 @@
+"""What the project promises about itself: its size, its layout, and that `make demo` cleans up after itself."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from gateway import PROJECT, clean_environ
+
+TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def test_the_server_takes_at_most_200_mb() -> None:
+    """The installed files of the runtime packages, in bytes on disk, as `uv sync` without the dev group lays them out."""
+    export = ["uv", "export", "--frozen", "--no-dev", "--no-hashes", "--no-header", "--no-annotate", "--offline"]
+    lines = subprocess.run(export, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.splitlines()
+    size = 0
+    for line in lines:
+        name, _, marker = line.partition(" ; ")
+        if "python_full_version < '0'" in marker or "python_version < '0'" in marker or "win32'" in marker:
+            continue
+        for file in distribution(name.partition("==")[0]).files or []:
+            path = Path(str(file.locate()))
+            size += path.stat().st_blocks * 512 if path.exists() else 0
+    assert 50_000_000 < size < 200_000_000
+
+
+def test_runtime_packages_are_the_three() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    names = [re.split(r"[=<>]", name)[0] for name in project["project"]["dependencies"]]
+    assert names == ["llama-stack", "httpx", "python-dotenv"]
+
+
+@pytest.mark.skipif(not TRACKED, reason="not a git checkout")
+def test_python_lives_in_main_and_tests_alone() -> None:
+    assert [name for name in TRACKED if name.endswith(".py") and name != "main.py" and not name.startswith("tests/")] == []
+
+
+@pytest.mark.skipif(not TRACKED, reason="not a git checkout")
+def test_only_the_lock_names_a_package_index() -> None:
+    hosts = re.compile(r"py[p]i\.org|python[h]osted|registry\.[n]pm")
+    named = [name for name in TRACKED if name != "uv.lock" and hosts.search((PROJECT / name).read_text(errors="replace"))]
+    assert named == []
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process that `pid` has started, directly or not. Source: /proc/PID/task/TID/children."""
+    try:
+        children = [
+            int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+    return [each for child in children for each in (child, *descendants(child))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_leaves_nothing_running_when_it_is_interrupted(tmp_path: Path, number: int) -> None:
+    demo = subprocess.Popen(
+        ["make", "demo"], cwd=PROJECT, env=clean_environ(tmp_path), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert "Stand-ins answer here" in demo.stdout.readline()
+    deadline = time.monotonic() + 30
+    while not (started := [pid for pid in descendants(demo.pid) if "run.yaml" in Path(f"/proc/{pid}/cmdline").read_text()]):
+        assert time.monotonic() < deadline, "the demo did not start a gateway"
+        time.sleep(0.1)
+    started = descendants(demo.pid)
+    if number == signal.SIGINT:  # Ctrl-C reaches the whole process group of the terminal,
+        os.killpg(demo.pid, number)
+    else:  # and kill one process.
+        demo.send_signal(number)
+    assert demo.wait(30) != 0
+    deadline = time.monotonic() + 30
+    while living := [
+        pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()
+    ]:
+        assert time.monotonic() < deadline, f"still running: {living}"
+        time.sleep(0.1)
