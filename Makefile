@@ -28,4 +28,4 @@ test: $(UV)  ## the whole test suite, offline
 
 .uv/bin/uv:
 	python3 -m venv .uv
-	.uv/bin/pip install --quiet uv
+	.uv/bin/pip install --quiet --disable-pip-version-check uv

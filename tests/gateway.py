@@ -19,9 +19,11 @@ PROVIDER_DATA = "X-LlamaStack-Provider-Data"
 def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     """An environment with nothing in it but a search path, an empty home and `settings`.
 
-    The machine's own proxies, certificates and keys are left out, because they would decide a test's outcome.
+    The machine's own proxies, certificates and keys are left out, because they would decide a test's outcome. `uv run`
+    names itself in UV: it may be the one that make installed into the project.
     """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    folders = [str(Path(program).parent) for program in (sys.executable, os.environ.get("UV")) if program]
+    path = os.pathsep.join([*folders, os.environ["PATH"]])
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"} | settings
 
 
