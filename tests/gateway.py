@@ -20,11 +20,12 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     """An environment with nothing in it but a search path, an empty home and `settings`.
 
     The machine's own proxies, certificates and keys are left out, because they would decide a test's outcome. `uv run`
-    names itself in UV: it may be the one that make installed into the project.
+    names itself in UV: it may be the one that make installed into the project. UV_PYTHON is make's choice of a Python.
     """
     folders = [str(Path(program).parent) for program in (sys.executable, os.environ.get("UV")) if program]
     path = os.pathsep.join([*folders, os.environ["PATH"]])
-    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"} | settings
+    python = {"UV_PYTHON": os.environ["UV_PYTHON"]} if "UV_PYTHON" in os.environ else {}
+    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"} | python | settings
 
 
 def free_port() -> int:
