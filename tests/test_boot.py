@@ -14,6 +14,7 @@ from vendors import KEYS, Vendors
 
 SERVE = ("deploy/serve.sh",)
 BY_HAND = ("llama", "stack", "run", "run.yaml")
+CA_FOLDERS = [Path("/etc/ssl/certs"), Path("/etc/pki/ca-trust/extracted/pem/directory-hash")]
 NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9"}  # The discard port: no vendor can be reached.
 
 
@@ -26,6 +27,12 @@ def models(gateway: Gateway) -> dict[str, str]:
 def call(gateway: Gateway, model: str = MODELS[0]) -> httpx.Response:
     """One chat call with every key."""
     return httpx.post(f"{gateway.url}/v1/chat/completions", headers=ALL_KEYS, json=chat(model), timeout=30, trust_env=False)
+
+
+def environ(gateway: Gateway) -> dict[str, str]:
+    """The environment that the server process was given. Source: /proc/PID/environ."""
+    (server,) = [pid for pid, *line in processes(gateway.process.pid) if "run.yaml" in line and "python" in line[0]]
+    return dict(item.split("=", 1) for item in Path(f"/proc/{server}/environ").read_text().split("\0") if item)
 
 
 def edit(project: Path, change) -> None:
@@ -65,6 +72,9 @@ def test_a_certificate_that_is_not_trusted_is_refused(vendors: Vendors, tmp_path
     with Gateway(tmp_path, HTTPS_PROXY=vendors.environ()["HTTPS_PROXY"]) as gateway:
         assert call(gateway).status_code == 500
         assert call(gateway, "gemini-native/gemini-2.5-flash").status_code == 500
+        hashed = [str(folder) for folder in CA_FOLDERS if any(folder.glob("*.0"))]
+        assert environ(gateway).get("SSL_CERT_DIR") == (hashed[0] if hashed else None)
+        assert environ(gateway)["LLAMA_STACK_LOG_FORMAT"] == "json"
     assert not vendors.seen
 
 
@@ -113,9 +123,7 @@ def test_what_the_user_has_set_stays(vendors: Vendors, tmp_path: Path) -> None:
     (tmp_path / "no-certificates").mkdir()
     own = {"LLAMA_STACK_LOG_FORMAT": "console", "SSL_CERT_DIR": str(tmp_path / "no-certificates")}
     with Gateway(tmp_path, HTTPS_PROXY=vendors.environ()["HTTPS_PROXY"], **own) as gateway:
-        (server,) = [pid for pid, *line in processes(gateway.process.pid) if "run.yaml" in line and "uv" not in line[0]]
-        environ = Path(f"/proc/{server}/environ").read_text().split("\0")
-    assert {f"{name}={value}" for name, value in own.items()} <= set(environ)
+        assert own.items() <= environ(gateway).items()
     assert not gateway.log.startswith("{")
 
 
