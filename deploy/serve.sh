@@ -34,6 +34,23 @@ for statement in \
   python -m sqlite3 "$SQLITE_STORE_DIR/keeps-nothing.db" "$statement"
 done
 
+# Given one of the two without the other, the server says nothing and speaks plain HTTP.
+case "${LLAMA_STACK_TLS_CERTFILE:+cert}${LLAMA_STACK_TLS_KEYFILE:+key}" in
+  cert | key)
+    echo "For HTTPS, set both LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE." >&2
+    exit 2
+    ;;
+esac
+
+# The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper.
+if [ -n "${OTEL_EXPORTER_OTLP_ENDPOINT-}" ]; then
+  export OTEL_EXPORTER_OTLP_PROTOCOL="${OTEL_EXPORTER_OTLP_PROTOCOL:-http/protobuf}"
+  export OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}"
+  set -- opentelemetry-instrument
+else
+  set --
+fi
+
 # The server's tracebacks quote what a caller sent (a malformed body) and what a vendor answered. Once it is up, only its
 # JSON lines are let through, without the exceptions in them. (No line holds a \n: to the end, as $ would say, but $ makes
 # sed wait for the next line.)
@@ -50,4 +67,4 @@ if [ "$LLAMA_STACK_LOG_FORMAT" = json ]; then
   exec > "$pipe" 2>&1
 fi
 
-exec llama stack run run.yaml
+exec "$@" llama stack run run.yaml
