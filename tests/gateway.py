@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -38,13 +39,17 @@ def free_port() -> int:
 class Gateway:
     """One gateway process and everything it starts. A context manager that leaves nothing running.
 
-    `command` is what a user types, `home` an empty folder, `settings` the environment on top of `clean_environ`.
+    `command` is what a user types, `home` an empty folder, `settings` the environment on top of `clean_environ`. Where the
+    settings ask for TLS, `trust` has the CA that signed the certificate.
     """
+
+    trust: ssl.SSLContext | bool = True
 
     def __init__(self, home: Path, command: tuple[str, ...] = ("make", "server"), cwd: Path = PROJECT, **settings: str) -> None:
         self.home, self.command, self.cwd = home, command, cwd
         self.port = int(settings.setdefault("LLAMA_STACK_PORT", str(free_port())))
-        self.url = f"http://127.0.0.1:{self.port}"
+        scheme = "https" if "LLAMA_STACK_TLS_CERTFILE" in settings else "http"
+        self.url = f"{scheme}://{settings.get('LLAMA_STACK_HOST', '127.0.0.1')}:{self.port}"
         self.settings = settings
         self.log_file = home / f"gateway-{self.port}.log"
 
@@ -83,7 +88,7 @@ class Gateway:
     def answers(self) -> bool:
         """Whether it answers `/v1/health`."""
         try:
-            return httpx.get(f"{self.url}/v1/health", trust_env=False).is_success
+            return httpx.get(f"{self.url}/v1/health", trust_env=False, verify=self.trust).is_success
         except httpx.HTTPError:
             return False
 

@@ -1,0 +1,325 @@
+"""A server for a team, by environment alone: host, TLS, tokens, one browser origin, two workers, metrics and traces."""
+
+import base64
+import hashlib
+import hmac
+import json
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
+
+import httpx
+import jwt
+import pytest
+import trustme
+from conftest import ALL_KEYS, MODELS, chat, events, message
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from gateway import Gateway
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from vendors import KEYS, Vendors
+
+# Not the usual loopback address, so that answering here shows that LLAMA_STACK_HOST was heard.
+HOST = "127.0.0.2"
+PAGE = "https://chat.example.com"
+PROMPT = "a prompt that stays between caller and vendor"
+
+
+class Services:
+    """What a team has already: an identity provider's JWKS, and a collector for OTLP over HTTP. A context manager.
+
+    `received` holds the collector's requests as (path, body).
+    """
+
+    def __init__(self) -> None:
+        self.received: list[tuple[str, bytes]] = []
+        self.signing_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        public = jwt.algorithms.RSAAlgorithm.to_jwk(self.signing_key.public_key(), as_dict=True)
+        jwks = json.dumps({"keys": [public | {"kid": "key-1", "use": "sig", "alg": "RS256"}]}).encode()
+        received = self.received
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(jwks)
+
+            def do_POST(self) -> None:
+                received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+                self.answer(b"")
+
+            def answer(self, body: bytes) -> None:
+                self.send_response(200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def token(self, key: rsa.RSAPrivateKey | None = None, kid: str = "key-1", **claims: object) -> str:
+        """A token that the gateway accepts, but for what the arguments change about it."""
+        usual = {"sub": "alice", "iss": "https://id.example.com", "aud": "lls-openai", "exp": int(time.time()) + 600}
+        return jwt.encode(usual | claims, key or self.signing_key, "RS256", headers={"kid": kid})
+
+    def spans(self) -> list[dict]:
+        """The spans received so far: name and attributes."""
+        requests = [ExportTraceServiceRequest.FromString(body) for path, body in self.received if path == "/v1/traces"]
+        return [
+            {"name": span.name} | {attribute.key: attribute.value.string_value for attribute in span.attributes}
+            for request in requests
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+
+    def metrics(self) -> dict[str, list[dict]]:
+        """The metrics received so far, by name: the attributes and the count or sum of each point, oldest first."""
+        found: dict[str, list[dict]] = {}
+        for path, body in self.received:
+            if path != "/v1/metrics":
+                continue
+            for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+                of = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
+                for metric in (metric for scope in resource.scope_metrics for metric in scope.metrics):
+                    for point in metric.sum.data_points or metric.histogram.data_points:
+                        value = getattr(point, "count", 0) or getattr(point, "as_int", 0)
+                        names = {attribute.key: attribute.value.string_value for attribute in point.attributes}
+                        found.setdefault(metric.name, []).append(of | names | {"value": value})
+        return found
+
+
+def unsigned(token: str) -> str:
+    """The same claims under `alg: none`."""
+    return jwt.encode(jwt.decode(token, options={"verify_signature": False}), None, "none", headers={"kid": "key-1"})
+
+
+def signed_with_the_public_key(services: Services) -> str:
+    """The same claims under HS256, with the RSA public key as the secret: a classic forgery."""
+    claims = jwt.decode(services.token(), options={"verify_signature": False})
+    parts = [json.dumps(part).encode() for part in ({"alg": "HS256", "kid": "key-1"}, claims)]
+    text = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    secret = services.signing_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    signature = base64.urlsafe_b64encode(hmac.digest(secret, text, hashlib.sha256)).rstrip(b"=")
+    return (text + b"." + signature).decode()
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[Services]:
+    with Services() as services:
+        yield services
+
+
+@pytest.fixture(scope="module")
+def team_gateway(vendors: Vendors, services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """The gateway with every setting of a team's server."""
+    folder: Path = tmp_path_factory.mktemp("team")
+    authority = trustme.CA()
+    certificate = authority.issue_cert(HOST)
+    certificate.cert_chain_pems[0].write_to_path(folder / "tls.crt")
+    certificate.private_key_pem.write_to_path(folder / "tls.key")
+    gateway = Gateway(
+        folder / "home",
+        LLAMA_STACK_HOST=HOST,
+        LLAMA_STACK_WORKERS="2",
+        LLAMA_STACK_TLS_CERTFILE=str(folder / "tls.crt"),
+        LLAMA_STACK_TLS_KEYFILE=str(folder / "tls.key"),
+        LLAMA_STACK_CORS_ORIGIN=PAGE,
+        AUTH_JWKS_URI=f"{services.url}/jwks",
+        AUTH_ISSUER="https://id.example.com",
+        OTEL_EXPORTER_OTLP_ENDPOINT=services.url,
+        OTEL_METRIC_EXPORT_INTERVAL="500",
+        OTEL_BSP_SCHEDULE_DELAY="500",
+        **vendors.environ(),
+    )
+    gateway.trust = ssl.create_default_context()
+    authority.configure_trust(gateway.trust)
+    with gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def team(team_gateway: Gateway) -> Iterator[httpx.Client]:
+    """An HTTPS client for the team's gateway. A connection for each call, so that both workers are met."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    trust = {"verify": team_gateway.trust, "trust_env": False}
+    with httpx.Client(base_url=team_gateway.url, timeout=30, limits=limits, **trust) as client:
+        yield client
+
+
+@pytest.fixture
+def token(services: Services) -> dict[str, str]:
+    """The header of a caller who may use the gateway."""
+    return {"Authorization": f"Bearer {services.token()}"}
+
+
+def wait_for(find: Callable[[], object], seconds: float = 15) -> object:
+    """What `find` returns as soon as that is true, or at last after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := find()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def test_listens_on_the_host_that_is_set_and_there_alone(team_gateway: Gateway, team: httpx.Client) -> None:
+    assert team.get("/v1/health").json() == {"status": "OK"}
+    with pytest.raises(httpx.ConnectError, match="refused"):
+        httpx.get(f"https://127.0.0.1:{team_gateway.port}/v1/health", trust_env=False, verify=team_gateway.trust)
+
+
+def test_speaks_tls_alone(team_gateway: Gateway) -> None:
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+        httpx.get(f"{team_gateway.url}/v1/health", trust_env=False)
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(team_gateway.url.replace("https", "http") + "/v1/health", trust_env=False)
+
+
+@pytest.mark.parametrize("alone", ["CERT", "KEY"])
+def test_half_a_tls_setting_is_refused(tmp_path: Path, alone: str) -> None:
+    """The stock server would speak plain HTTP without a word, with keys in every request."""
+    with pytest.raises(RuntimeError, match="set both LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE"):
+        Gateway(tmp_path, **{f"LLAMA_STACK_TLS_{alone}FILE": "/any"}).start()
+
+
+def test_a_caller_without_a_token_is_refused(team: httpx.Client) -> None:
+    for call in (team.get("/v1/models"), team.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0]))):
+        assert call.status_code == 401
+        assert "https://id.example.com" in message(call)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        pytest.param(lambda services: services.token(exp=int(time.time()) - 1), id="expired"),
+        pytest.param(lambda services: services.token(aud="another-service"), id="for another audience"),
+        pytest.param(lambda services: services.token(iss="https://other.example.com"), id="by another issuer"),
+        pytest.param(lambda services: services.token(rsa.generate_private_key(65537, 2048)), id="wrongly signed"),
+        pytest.param(lambda services: services.token(kid="key-2"), id="by an unknown key"),
+        pytest.param(lambda services: unsigned(services.token()), id="unsigned"),
+        pytest.param(signed_with_the_public_key, id="signed with the public key"),
+        pytest.param(lambda _: KEYS["openai"], id="a vendor's key"),
+    ],
+)
+def test_a_bad_token_is_refused(team: httpx.Client, vendors: Vendors, services: Services, forge) -> None:
+    headers = ALL_KEYS | {"Authorization": f"Bearer {forge(services)}"}
+    response = team.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0], "with a bad token"))
+    assert response.status_code == 401
+    assert message(response) == "Invalid JWT token"
+    assert not vendors.seen_with("with a bad token")
+
+
+def test_a_good_token_is_served_and_reaches_no_vendor(team: httpx.Client, vendors: Vendors, token: dict[str, str]) -> None:
+    assert [model["id"] for model in team.get("/v1/models", headers=token).json()["data"]] == MODELS
+    for model in MODELS:
+        answer = team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(model, f"{model} {PROMPT}"))
+        assert answer.json()["choices"][0]["finish_reason"] == "stop"
+        stream = team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(model, f"{model} {PROMPT}", stream=True))
+        assert events(stream)[-1]["choices"][0]["finish_reason"] == "stop"
+        for arrived in vendors.seen_with(f"{model} {PROMPT}"):
+            assert arrived.key == f"Bearer {KEYS[arrived.vendor]}"
+    secret = token["Authorization"].removeprefix("Bearer ")
+    assert not [seen for seen in vendors.seen if secret in str(seen)]
+
+
+def test_a_token_without_vendor_keys_gets_the_vendors_refusal(
+    team: httpx.Client, vendors: Vendors, token: dict[str, str]
+) -> None:
+    """Who may call and who pays are two things: a token never stands in for a key."""
+    response = team.post("/v1/chat/completions", headers=token, json=chat(MODELS[0], "a token alone"))
+    assert response.status_code == 401
+    assert all(token["Authorization"] != seen.key for seen in vendors.seen_with("a token alone"))
+
+
+def test_the_route_policy_holds_for_callers_with_a_token(team: httpx.Client, token: dict[str, str]) -> None:
+    for path in ("/v1/prompts", "/v1/conversations", "/v1/providers"):
+        assert team.get(path, headers=token).status_code == 403
+
+
+def test_health_needs_no_token(team: httpx.Client) -> None:
+    assert team.get("/v1/health").is_success
+    assert team.get("/docs").status_code == 401
+
+
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-llamastack-provider-data",
+}
+
+
+def test_a_page_of_the_one_origin_may_call(team: httpx.Client, token: dict[str, str]) -> None:
+    """A preflight carries no token, so it has to pass before tokens are asked for."""
+    preflight = team.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": PAGE})
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == PAGE
+    assert "x-llamastack-provider-data" in preflight.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in preflight.headers
+    for headers in (token | ALL_KEYS, {}):
+        answer = team.post("/v1/chat/completions", headers=headers | {"Origin": PAGE}, json=chat(MODELS[0]))
+        assert answer.headers["access-control-allow-origin"] == PAGE, "a page can read answers and refusals"
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example.com", f"{PAGE}.evil.com", "http://chat.example.com", "null", "none"])
+def test_a_page_of_another_origin_may_not(team: httpx.Client, token: dict[str, str], origin: str) -> None:
+    preflight = team.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": origin})
+    assert preflight.status_code == 400
+    answer = team.get("/v1/models", headers=token | {"Origin": origin})
+    assert not [name for name in [*preflight.headers, *answer.headers] if name == "access-control-allow-origin"]
+
+
+@pytest.mark.parametrize("origin", [PAGE, "http://localhost:3000", "null"])
+def test_no_page_may_call_unless_its_origin_is_set(client: httpx.Client, origin: str) -> None:
+    preflight = client.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": origin})
+    answer = client.get("/v1/models", headers={"Origin": origin})
+    assert preflight.is_client_error
+    assert not [name for name in [*preflight.headers, *answer.headers] if name.startswith("access-control-allow-origin")]
+
+
+def test_metrics_reach_the_collector(team: httpx.Client, services: Services, token: dict[str, str]) -> None:
+    headers = token | ALL_KEYS
+    for _ in range(5):
+        team.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0], PROMPT))
+        team.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0], PROMPT, stream=True))
+    wanted = "llama_stack.inference.time_to_first_token_seconds"
+    wait_for(lambda: any(point["value"] >= 1 for point in services.metrics().get(wanted, [])))
+    metrics = services.metrics()
+    served = {"method": "openai_chat_completion", "status_code": "200"}.items()
+    assert max(point["value"] for point in metrics["llama_stack.requests_total"] if served <= point.items()) > 1
+    assert any(point["value"] > 0 for point in metrics["llama_stack.request_duration_seconds"])
+    assert {(point["model"], point["provider"]) for point in metrics[wanted]} >= {(MODELS[0], "openai")}
+    assert "llama_stack.concurrent_requests" in metrics
+    assert {point["service.name"] for points in metrics.values() for point in points} == {"lls-openai"}
+    workers = {point["service.instance.id"] for points in metrics.values() for point in points}
+    assert len(workers) == 2, "a collector must be able to tell the two workers' counters apart"
+
+
+def test_traces_reach_the_collector(team: httpx.Client, services: Services, token: dict[str, str]) -> None:
+    team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(MODELS[0], PROMPT))
+    assert wait_for(lambda: [span for span in services.spans() if span.get("http.route") == "/v1/chat/completions"])
+
+
+def test_telemetry_and_log_hold_no_key_token_or_prompt(
+    team: httpx.Client, team_gateway: Gateway, services: Services, token: dict[str, str]
+) -> None:
+    team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(MODELS[0], PROMPT))
+    team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat("openai/status-500", PROMPT))
+    team.post("/v1/chat/completions", headers={"Authorization": "Bearer " + KEYS["openai"]}, json=chat(MODELS[0], PROMPT))
+    before = len(services.received)
+    wait_for(lambda: len({path for path, _ in services.received[before + 2 :]}) == 2)
+    exported = b"".join(body for _, body in services.received)
+    for secret in (*KEYS.values(), token["Authorization"].split(".")[0], PROMPT):
+        assert secret.encode() not in exported
+        assert secret not in team_gateway.log
