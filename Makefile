@@ -6,7 +6,7 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test
+.PHONY: help server client demo test long
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -24,7 +24,10 @@ demo: $(UV)  ## no keys, no internet: stand-in vendors, the gateway and main.py 
 test: $(UV)  ## the whole test suite, offline
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
-	$(UV) run --group dev pytest
+	$(UV) run --group dev --group deploy pytest
+
+long: $(UV)  ## the tests that take minutes, with their figures
+	$(UV) run --group dev --group deploy pytest -m long -s
 
 .uv/bin/uv:
 	python3 -m venv .uv
