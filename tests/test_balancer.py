@@ -112,7 +112,7 @@ class Balancer:
 
     def __enter__(self) -> Self:
         environ = clean_environ(self.folder, **self.settings)
-        command = ["haproxy", "-f", "deploy/haproxy.cfg"]
+        command = ["haproxy", "-f", "deploy/balancer.cfg"]
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 5
