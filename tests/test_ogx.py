@@ -1,0 +1,123 @@
+"""The road ahead: this run.yaml, unmodified, on OGX, which continues llama-stack under a new name.
+
+`OGX=ogx make test` tries the newest release.
+"""
+
+import os
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+from conftest import ALL_KEYS, EMBEDDINGS, MODELS, chat, events, vendor_of
+from gateway import PROJECT, PROVIDER_DATA, Gateway
+from vendors import KEYS, Vendors
+
+# All that moving takes on the server's side: three words in serve.sh, and one in the callers' header.
+RENAMED = {"LLAMA_STACK_LOG_FORMAT": "OGX_LOG_FORMAT", "llama stack run run.yaml": "ogx run run.yaml"}
+KEYS_FOR_OGX = {"X-OGX-Provider-Data": ALL_KEYS[PROVIDER_DATA]}
+COMMAND = ("sh", "deploy/serve.sh")
+
+
+def path(ogx: Path) -> str:
+    """A search path on which OGX's environment comes before this one."""
+    return f"{ogx / 'venv/bin'}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="module")
+def ogx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment of its own with OGX in it, and a copy of the project that starts it: the folder of both."""
+    uv, folder = os.environ.get("UV"), tmp_path_factory.mktemp("ogx")
+    if not uv:
+        pytest.skip("takes uv run, whose uv installs OGX beside the project")
+    subprocess.run([uv, "venv", "--quiet", "--python", "3.12", folder / "venv"], check=True)
+    install = [
+        uv,
+        "pip",
+        "install",
+        "--quiet",
+        "--compile-bytecode",
+        "--python",
+        folder / "venv",
+        os.environ.get("OGX", "ogx==1.5.0"),
+    ]
+    # Elsewhere than in the project, whose constraints are for llama-stack.
+    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, check=False)
+    if "Failed to fetch" in done.stderr:
+        pytest.skip(f"OGX is not in uv's cache and cannot be fetched: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    (folder / "deploy").mkdir()
+    (folder / "run.yaml").write_bytes((PROJECT / "run.yaml").read_bytes())
+    script = (PROJECT / "deploy/serve.sh").read_text()
+    for old, new in RENAMED.items():
+        assert old in script
+        script = script.replace(old, new)
+    (folder / "deploy/serve.sh").write_text(script)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gateway(ogx: Path, vendors: Vendors) -> Iterator[Gateway]:
+    """OGX on this run.yaml, with TLS, which it asks for."""
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(ogx / "tls.pem")
+    tls = {f"LLAMA_STACK_TLS_{half}FILE": str(ogx / "tls.pem") for half in ("CERT", "KEY")}
+    gateway = Gateway(ogx / "home", COMMAND, ogx, PATH=path(ogx), SQLITE_STORE_DIR=str(ogx / "store"), **tls, **vendors.environ())
+    gateway.trust = ssl.create_default_context()
+    authority.configure_trust(gateway.trust)
+    with gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=gateway.url, timeout=30, trust_env=False, verify=gateway.trust) as client:
+        yield client
+
+
+def test_lists_the_five_models(client: httpx.Client) -> None:
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == MODELS
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_answers_and_every_key_reaches_its_own_vendor(client: httpx.Client, vendors: Vendors, model: str) -> None:
+    prompt = f"from ogx to {model}"
+    regular = client.post("/v1/chat/completions", headers=KEYS_FOR_OGX, json=chat(model, prompt))
+    assert regular.json()["choices"][0]["finish_reason"] == "stop"
+    stream = client.post("/v1/chat/completions", headers=KEYS_FOR_OGX, json=chat(model, prompt, stream=True))
+    assert events(stream)[-1]["choices"][0]["finish_reason"] == "stop"
+    arrived = vendors.seen_with(prompt)
+    assert [(seen.vendor, seen.key) for seen in arrived] == [(vendor_of(model), f"Bearer {KEYS[vendor_of(model)]}")] * 2
+
+
+@pytest.mark.parametrize("model", EMBEDDINGS)
+def test_embeddings(client: httpx.Client, model: str) -> None:
+    answer = client.post("/v1/embeddings", headers=KEYS_FOR_OGX, json={"model": model, "input": ["a", "b"]}).json()
+    assert [item["index"] for item in answer["data"]] == [0, 1]
+
+
+def test_does_not_read_the_old_header(client: httpx.Client, vendors: Vendors) -> None:
+    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0], "the old header"))
+    assert response.is_error
+    assert not any(seen.key for seen in vendors.seen_with("the old header"))
+
+
+def test_keeps_nothing_and_refuses_the_same_routes(client: httpx.Client, gateway: Gateway, ogx: Path) -> None:
+    client.post("/v1/chat/completions", headers=KEYS_FOR_OGX, json=chat(MODELS[0], "nobody keeps this"))
+    assert client.get("/v1/chat/completions").json().get("data", []) == []
+    for path in ("/v1/prompts", "/v1/conversations", "/v1/providers"):
+        assert client.get(path).status_code == 403
+    kept = b"".join(file.read_bytes() for folder in (gateway.home, ogx / "store") for file in folder.rglob("*") if file.is_file())
+    for secret in (*KEYS.values(), "nobody keeps this"):
+        assert secret.encode() not in kept
+
+
+def test_asks_for_tls_and_takes_over_the_home_of_llama_stack(ogx: Path, vendors: Vendors, tmp_path: Path) -> None:
+    """Without a certificate it wants to be told `--insecure`. It moves ~/.llama, so the store has to be elsewhere."""
+    with pytest.raises(RuntimeError, match="TLS required: set tls_certfile/tls_keyfile"):
+        Gateway(tmp_path, COMMAND, ogx, PATH=path(ogx), **vendors.environ()).start()
+    assert not (tmp_path / ".llama").exists()
+    assert (tmp_path / ".ogx/distributions/lls-openai/keeps-nothing.db").exists()
