@@ -26,7 +26,7 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     folders = [str(Path(program).parent) for program in (sys.executable, os.environ.get("UV")) if program]
     path = os.pathsep.join([*folders, os.environ["PATH"]])
     python = {"UV_PYTHON": os.environ["UV_PYTHON"]} if "UV_PYTHON" in os.environ else {}
-    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"} | python | settings
+    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"} | python | settings
 
 
 def free_port() -> int:
