@@ -5,12 +5,9 @@ import hashlib
 import hmac
 import json
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Self
 
 import httpx
 import jwt
@@ -20,87 +17,13 @@ from conftest import ALL_KEYS, MODELS, chat, events, message
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from gateway import Gateway
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from services import ISSUER, Services
 from vendors import KEYS, Vendors
 
 # Not the usual loopback address, so that answering here shows that LLAMA_STACK_HOST was heard.
 HOST = "127.0.0.2"
 PAGE = "https://chat.example.com"
 PROMPT = "a prompt that stays between caller and vendor"
-
-
-class Services:
-    """What a team has already: an identity provider's JWKS, and a collector for OTLP over HTTP. A context manager.
-
-    `received` holds the collector's requests as (path, body).
-    """
-
-    def __init__(self) -> None:
-        self.received: list[tuple[str, bytes]] = []
-        self.signing_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        public = jwt.algorithms.RSAAlgorithm.to_jwk(self.signing_key.public_key(), as_dict=True)
-        jwks = json.dumps({"keys": [public | {"kid": "key-1", "use": "sig", "alg": "RS256"}]}).encode()
-        received = self.received
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer(jwks)
-
-            def do_POST(self) -> None:
-                received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
-                self.answer(b"")
-
-            def answer(self, body: bytes) -> None:
-                self.send_response(200)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def token(self, key: rsa.RSAPrivateKey | None = None, kid: str = "key-1", **claims: object) -> str:
-        """A token that the gateway accepts, but for what the arguments change about it."""
-        usual = {"sub": "alice", "iss": "https://id.example.com", "aud": "lls-openai", "exp": int(time.time()) + 600}
-        return jwt.encode(usual | claims, key or self.signing_key, "RS256", headers={"kid": kid})
-
-    def spans(self) -> list[dict]:
-        """The spans received so far: name and attributes."""
-        requests = [ExportTraceServiceRequest.FromString(body) for path, body in self.received if path == "/v1/traces"]
-        return [
-            {"name": span.name} | {attribute.key: attribute.value.string_value for attribute in span.attributes}
-            for request in requests
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
-
-    def metrics(self) -> dict[str, list[dict]]:
-        """The metrics received so far, by name: the attributes and the count or sum of each point, oldest first."""
-        found: dict[str, list[dict]] = {}
-        for path, body in self.received:
-            if path != "/v1/metrics":
-                continue
-            for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
-                of = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
-                for metric in (metric for scope in resource.scope_metrics for metric in scope.metrics):
-                    for point in metric.sum.data_points or metric.histogram.data_points:
-                        value = getattr(point, "count", 0) or getattr(point, "as_int", 0)
-                        names = {attribute.key: attribute.value.string_value for attribute in point.attributes}
-                        found.setdefault(metric.name, []).append(of | names | {"value": value})
-        return found
 
 
 def unsigned(token: str) -> str:
@@ -140,7 +63,7 @@ def team_gateway(vendors: Vendors, services: Services, tmp_path_factory: pytest.
         LLAMA_STACK_TLS_KEYFILE=str(folder / "tls.key"),
         LLAMA_STACK_CORS_ORIGIN=PAGE,
         AUTH_JWKS_URI=f"{services.url}/jwks",
-        AUTH_ISSUER="https://id.example.com",
+        AUTH_ISSUER=ISSUER,
         OTEL_EXPORTER_OTLP_ENDPOINT=services.url,
         OTEL_METRIC_EXPORT_INTERVAL="500",
         OTEL_BSP_SCHEDULE_DELAY="500",
@@ -198,7 +121,7 @@ def test_half_a_tls_setting_is_refused(tmp_path: Path, alone: str) -> None:
 def test_a_caller_without_a_token_is_refused(team: httpx.Client) -> None:
     for call in (team.get("/v1/models"), team.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0]))):
         assert call.status_code == 401
-        assert "https://id.example.com" in message(call)
+        assert ISSUER in message(call)
 
 
 @pytest.mark.parametrize(

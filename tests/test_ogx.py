@@ -14,11 +14,13 @@ import pytest
 import trustme
 from conftest import ALL_KEYS, EMBEDDINGS, MODELS, chat, events, vendor_of
 from gateway import PROJECT, PROVIDER_DATA, Gateway
+from services import ISSUER, Services
 from vendors import KEYS, Vendors
 
 # All that moving takes on the server's side: three words in serve.sh, and one in the callers' header.
 RENAMED = {"LLAMA_STACK_LOG_FORMAT": "OGX_LOG_FORMAT", "llama stack run run.yaml": "ogx run run.yaml"}
 KEYS_FOR_OGX = {"X-OGX-Provider-Data": ALL_KEYS[PROVIDER_DATA]}
+PAGE = "https://chat.example.com"
 COMMAND = ("sh", "deploy/serve.sh")
 
 
@@ -60,12 +62,21 @@ def ogx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gateway(ogx: Path, vendors: Vendors) -> Iterator[Gateway]:
-    """OGX on this run.yaml, with TLS, which it asks for."""
+def services() -> Iterator[Services]:
+    with Services() as services:
+        yield services
+
+
+@pytest.fixture(scope="module")
+def gateway(ogx: Path, vendors: Vendors, services: Services) -> Iterator[Gateway]:
+    """OGX on this run.yaml, with the settings of a team's server."""
     authority = trustme.CA()
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(ogx / "tls.pem")
     tls = {f"LLAMA_STACK_TLS_{half}FILE": str(ogx / "tls.pem") for half in ("CERT", "KEY")}
-    gateway = Gateway(ogx / "home", COMMAND, ogx, PATH=path(ogx), SQLITE_STORE_DIR=str(ogx / "store"), **tls, **vendors.environ())
+    settings = tls | {"SQLITE_STORE_DIR": str(ogx / "store"), "LLAMA_STACK_CORS_ORIGIN": PAGE} | vendors.environ()
+    settings = tls | {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER, "LLAMA_STACK_CORS_ORIGIN": PAGE}
+    settings |= {"PATH": path(ogx), "SQLITE_STORE_DIR": str(ogx / "store")}
+    gateway = Gateway(ogx / "home", COMMAND, ogx, **settings, **vendors.environ())
     gateway.trust = ssl.create_default_context()
     authority.configure_trust(gateway.trust)
     with gateway:
@@ -73,8 +84,10 @@ def gateway(ogx: Path, vendors: Vendors) -> Iterator[Gateway]:
 
 
 @pytest.fixture(scope="module")
-def client(gateway: Gateway) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=gateway.url, timeout=30, trust_env=False, verify=gateway.trust) as client:
+def client(gateway: Gateway, services: Services) -> Iterator[httpx.Client]:
+    """An HTTPS client with a token."""
+    token = {"Authorization": f"Bearer {services.token()}"}
+    with httpx.Client(base_url=gateway.url, headers=token, timeout=30, trust_env=False, verify=gateway.trust) as client:
         yield client
 
 
@@ -103,6 +116,17 @@ def test_does_not_read_the_old_header(client: httpx.Client, vendors: Vendors) ->
     response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0], "the old header"))
     assert response.is_error
     assert not any(seen.key for seen in vendors.seen_with("the old header"))
+
+
+def test_asks_for_the_same_tokens(client: httpx.Client, services: Services) -> None:
+    for bad in ("", f"Bearer {services.token(exp=1)}", f"Bearer {services.token(aud='another-service')}"):
+        assert client.get("/v1/models", headers={"Authorization": bad}).status_code == 401
+    assert client.get("/v1/health", headers={"Authorization": ""}).is_success
+
+
+def test_no_longer_knows_cors(client: httpx.Client) -> None:
+    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in client.options("/v1/chat/completions", headers=asked).headers
 
 
 def test_keeps_nothing_and_refuses_the_same_routes(client: httpx.Client, gateway: Gateway, ogx: Path) -> None:
