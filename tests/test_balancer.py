@@ -44,20 +44,17 @@ class Load:
     def __init__(self, url: str, callers: int = 4) -> None:
         self.url, self.callers = url, callers
         self.calls: list[Call] = []
-        self.open = 0
 
     async def call(self, client: httpx.AsyncClient, stream: bool) -> None:
         """Make one call and write down how it went."""
         began, wrong = time.monotonic(), None
         body = chat("openai/slow", "count to four", stream=True) if stream else chat(MODELS[0])
-        self.open += 1
         try:
             response = await client.post("/v1/chat/completions", headers=ALL_KEYS, json=body)
             if not response.is_success or not re.search(r'"finish_reason": ?"stop"', response.text):
                 wrong = f"{response.status_code} {response.text[-200:]}"
         except httpx.HTTPError as error:
             wrong = repr(error)
-        self.open -= 1
         self.calls.append(Call(stream, began, time.monotonic(), wrong))
 
     async def run(self) -> None:
