@@ -6,7 +6,7 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test long
+.PHONY: help server client demo test long traps
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -28,6 +28,9 @@ test: $(UV)  ## the whole test suite, offline
 
 long: $(UV)  ## the tests that take minutes, with their figures
 	$(UV) run --group dev --group deploy pytest -m long -s
+
+traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
+	@$(UV) run --group dev python tests/traps.py
 
 .uv/bin/uv:
 	python3 -m venv .uv

@@ -16,6 +16,7 @@ import re
 import struct
 import tempfile
 import threading
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -103,6 +104,11 @@ class Seen(NamedTuple):
         return json.loads(self.body)
 
 
+def new_id() -> str:
+    """An id for an answer. No two are alike, because the server would keep two chats of one id as one."""
+    return f"chatcmpl-fake-{uuid.uuid4().hex}"
+
+
 def text_of(messages: list[dict]) -> str:
     """The text of the last message, whether its content is a string or a list of parts."""
     content = messages[-1].get("content") or ""
@@ -125,7 +131,7 @@ def vector(text: str, dimensions: int = 8) -> list[float]:
 async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIterator[bytes]:
     """A streamed answer as server-sent events, or what is left of it when `model` names a fault."""
     reply = answer_text(vendor, model, prompt)
-    head = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model}
+    head = {"id": new_id(), "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model}
 
     def event(delta: dict, finish: str | None = None, **more: Any) -> bytes:
         chunk = head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]} | more
@@ -183,7 +189,7 @@ async def answer_chat(vendor: Vendor, body: dict) -> Response:
         await asyncio.Event().wait()
     reply = answer_text(vendor, model, prompt)
     choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
-    head = {"id": "chatcmpl-fake", "object": "chat.completion", "created": 1_700_000_000, "model": model}
+    head = {"id": new_id(), "object": "chat.completion", "created": 1_700_000_000, "model": model}
     return JSONResponse(head | {"choices": [choice], "usage": usage(prompt, reply)})
 
 
