@@ -10,6 +10,8 @@ if ! command -v haproxy > /dev/null; then
   exit 1
 fi
 
+# Keys travel with the calls: neither process needs one of its own.
+unset $(env | sed -n 's/^\([A-Z0-9_]*_API_KEY\)=.*/\1/p')
 export EGRESS_PORT="${EGRESS_PORT:-8322}"
 [ -n "${SSL_CERT_FILE-}" ] || unset SSL_CERT_FILE
 [ -n "${EGRESS_NAMESERVER-}" ] || unset EGRESS_NAMESERVER
