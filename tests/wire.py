@@ -5,6 +5,7 @@ import contextlib
 import socketserver
 import struct
 import threading
+from collections.abc import Coroutine
 from typing import Self
 
 from vendors import pump
@@ -92,7 +93,9 @@ class Wire:
                     answers.cancel()
                     await asyncio.wait([answers])
                     back.write(data)
+                    rest = asyncio.create_task(pump(reader, back))  # The body may come after the headers.
                     await there.read(1)
+                    rest.cancel()
                 if fault:
                     break
                 back.write(data)
@@ -101,18 +104,26 @@ class Wire:
         writer.close()
         self.writers.discard(writer)
 
-    def run(self, work) -> None:
+    def run(self, work: Coroutine) -> None:
         """Run a coroutine in the relay's thread and wait for it."""
         asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
 
+    async def serve(self) -> None:
+        """Relay until `stop` is set."""
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        await self._up()
+        self.ready.set()
+        await self.stop.wait()
+        await self._down()
+
     def __enter__(self) -> Self:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True)
         self.thread.start()
-        self.up()
+        if not self.ready.wait(10):
+            raise RuntimeError("The wire to the vendors did not open within 10 seconds.")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.down()
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.loop.call_soon_threadsafe(self.stop.set)
         self.thread.join(10)
