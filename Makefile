@@ -12,8 +12,8 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
 	  printf '%-12s %s\n' "$$target" "$$what"; done
 
-server: $(UV)  ## start the gateway on http://localhost:8321, no key needed
-	@exec $(UV) run deploy/serve.sh
+server: $(UV)  ## start the gateway on http://localhost:8321, no key needed; EGRESS=1 keeps connections to the vendors warm
+	@exec $(UV) run deploy/$(if $(filter 1,$(EGRESS)),egress/)serve.sh
 
 client: $(UV)  ## run main.py with the keys of .env
 	@$(UV) run python main.py

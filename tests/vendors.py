@@ -18,7 +18,7 @@ import tempfile
 import threading
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -215,10 +215,12 @@ def answer_embeddings(vendor: Vendor, body: dict) -> Response:
 class Vendors:
     """The running stand-ins, as a context manager.
 
-    `seen` holds the last requests in order of arrival, `strangers` the other hostnames that were asked for.
+    `seen` holds the last requests in order of arrival, `strangers` the other hostnames that were asked for. Their
+    certificate is for `hosts`, the vendors' own names unless told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hosts: Iterable[str] = VENDORS) -> None:
+        self.hosts = hosts
         self.seen: deque[Seen] = deque(maxlen=20_000)
         self.strangers: list[str] = []
 
@@ -288,7 +290,7 @@ class Vendors:
         self.ca_file = Path(self.folder.name, "stand-in-ca.pem")
         authority.cert_pem.write_to_path(self.ca_file)
         self.certificate_file = Path(self.folder.name, "stand-in.pem")
-        authority.issue_cert(*VENDORS).private_key_and_cert_chain_pem.write_to_path(self.certificate_file)
+        authority.issue_cert(*self.hosts).private_key_and_cert_chain_pem.write_to_path(self.certificate_file)
         self.ready = threading.Event()
         self.thread = threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True)
         self.thread.start()

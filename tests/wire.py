@@ -1,0 +1,129 @@
+"""What lies between an egress proxy and the vendors: a name server and a wire, both on loopback, that tests can change."""
+
+import asyncio
+import contextlib
+import socketserver
+import struct
+import threading
+from collections.abc import Coroutine
+from typing import Self
+
+from vendors import pump
+
+
+class NameServer:
+    """A DNS server that gives the IPv4 address `address` for every name. A context manager; change `address` at will."""
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self.address = address
+
+    def answer(self, query: bytes) -> bytes:
+        """The answer to one query (RFC 1035, section 4): no record unless an A record is asked for."""
+        name_end = query.index(b"\0", 12) + 1
+        (kind,) = struct.unpack_from("!H", query, name_end)
+        # The name is given as a pointer to the question; 1 second to live.
+        record = struct.pack("!HHHIH4B", 0xC00C, 1, 1, 1, 4, *map(int, self.address.split("."))) if kind == 1 else b""
+        head = query[:2] + struct.pack("!HHHHH", 0x8580, 1, 1 if record else 0, 0, 0)
+        return head + query[12 : name_end + 4] + record
+
+    def __enter__(self) -> Self:
+        outer = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                query, socket = self.request
+                socket.sendto(outer.answer(query), self.client_address)
+
+        self.server = socketserver.UDPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Wire:
+    """A TCP relay from `address` to `target`, a port on 127.0.0.1. A context manager.
+
+    `opened` counts the connections that were ever opened, `alive` those that are open. `fault` is what happens once, to the
+    connection on which the next call comes: with "closed" the vendor has just closed it and sees nothing of the call; with
+    "no answer" the vendor sees the call, and the connection breaks before the answer comes back.
+    """
+
+    def __init__(self, target: int, address: str = "127.0.0.1", port: int = 0) -> None:
+        self.target, self.address, self.port = target, address, port
+        self.opened = 0
+        self.fault: str | None = None
+        self.writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def alive(self) -> int:
+        """How many connections are open now."""
+        return len(self.writers)
+
+    def down(self) -> None:
+        """Close every connection and refuse new ones, as a vendor that stops does."""
+        self.run(self._down())
+
+    def up(self) -> None:
+        """Accept connections again, on the same port."""
+        self.run(self._up())
+
+    async def _down(self) -> None:
+        self.server.close()
+        for writer in list(self.writers):
+            writer.close()
+
+    async def _up(self) -> None:
+        self.server = await asyncio.start_server(self.relay, self.address, self.port, backlog=1024)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection from the proxy to the vendor."""
+        self.opened += 1
+        self.writers.add(writer)
+        with contextlib.suppress(ConnectionError):
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
+            answers = asyncio.create_task(pump(there, writer))
+            while data := await reader.read(65536):
+                fault, self.fault = self.fault, None
+                if fault == "no answer":
+                    answers.cancel()
+                    await asyncio.wait([answers])
+                    back.write(data)
+                    rest = asyncio.create_task(pump(reader, back))  # The body may come after the headers.
+                    await there.read(1)
+                    rest.cancel()
+                if fault:
+                    break
+                back.write(data)
+                await back.drain()
+            back.close()
+        writer.close()
+        self.writers.discard(writer)
+
+    def run(self, work: Coroutine) -> None:
+        """Run a coroutine in the relay's thread and wait for it."""
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+
+    async def serve(self) -> None:
+        """Relay until `stop` is set."""
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        await self._up()
+        self.ready.set()
+        await self.stop.wait()
+        await self._down()
+
+    def __enter__(self) -> Self:
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True)
+        self.thread.start()
+        if not self.ready.wait(10):
+            raise RuntimeError("The wire to the vendors did not open within 10 seconds.")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join(10)
