@@ -6,11 +6,11 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test
+.PHONY: help server client demo test libraries faults
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
-	  printf '%-12s %s\n' "$$target" "$$what"; done
+	  printf '%-14s %s\n' "$$target" "$$what"; done
 
 server: $(UV)  ## start the gateway on http://localhost:8321, no key needed
 	@exec $(UV) run deploy/serve.sh
@@ -25,6 +25,14 @@ test: $(UV)  ## the whole test suite, offline
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
 	$(UV) run --group dev pytest
+
+libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package index)
+	$(UV) run --isolated --no-project --refresh-package openai --refresh-package langchain-openai \
+	  --refresh-package llama-stack-client --with openai,langchain-openai,llama-stack-client \
+	  --with pytest,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
+
+faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
+	$(UV) run --group dev pytest -m slow
 
 .uv/bin/uv:
 	python3 -m venv .uv

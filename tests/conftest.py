@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,15 @@ ALL_KEYS = {
         {f"{vendor}_authorization": f"Bearer {key}" for vendor, key in KEYS.items()} | {"gemini_api_key": KEYS["gemini"]}
     )
 }
+
+
+# The client libraries that the tests use, which may be other releases than those in uv.lock.
+LIBRARIES = ("openai", "langchain-openai", "llama-stack-client")
+
+
+def pytest_report_header() -> str:
+    """Name the releases of the client libraries."""
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def vendor_of(model: str) -> str:
