@@ -32,7 +32,7 @@ libraries: $(UV)  ## the client libraries' tests, with the newest release of eac
 	  --with pytest,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
 
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
-	$(UV) run --group dev pytest -m slow
+	$(UV) run --group dev pytest tests/test_faults.py tests/test_serve.py -m "slow or not slow" --figures tests/faults.md
 
 .uv/bin/uv:
 	python3 -m venv .uv
