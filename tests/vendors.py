@@ -310,7 +310,10 @@ class Vendors:
         call = json.loads(body)
         if call["model"] == "no-such-model":
             return JSONResponse(vendor.error(404, "The model no-such-model does not exist."), 404)
-        response = answer_embeddings(vendor, call) if calls[path] == "/embeddings" else await answer_chat(vendor, call)
+        try:
+            response = answer_embeddings(vendor, call) if calls[path] == "/embeddings" else await answer_chat(vendor, call)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return JSONResponse(vendor.error(400, f"The call makes no sense: {error!r}"), 400)
         response.headers.update(REPORTED)
         if isinstance(response, StreamingResponse):
             response.body_iterator = self.counted(response.body_iterator)
