@@ -6,11 +6,11 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test long traps
+.PHONY: help server client demo test rolling libraries faults traps
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
-	  printf '%-12s %s\n' "$$target" "$$what"; done
+	  printf '%-14s %s\n' "$$target" "$$what"; done
 
 server: $(UV)  ## start the gateway on http://localhost:8321, no key needed; EGRESS=1 keeps connections to the vendors warm
 	@exec $(UV) run deploy/$(if $(filter 1,$(EGRESS)),egress/)serve.sh
@@ -26,8 +26,16 @@ test: $(UV)  ## the whole test suite, offline
 	$(UV) run --group dev ruff format --check
 	$(UV) run --group dev --group deploy pytest
 
-long: $(UV)  ## the tests that take minutes, with their figures
-	$(UV) run --group dev --group deploy pytest -m long -s
+rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print what callers noticed
+	$(UV) run --group dev pytest tests/test_balancer.py -m slow -s
+
+libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package index)
+	$(UV) run --isolated --no-project --refresh-package openai --refresh-package langchain-openai \
+	  --refresh-package llama-stack-client --with openai,langchain-openai,llama-stack-client \
+	  --with pytest,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
+
+faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
+	$(UV) run --group dev pytest tests/test_faults.py tests/test_serve.py -m "slow or not slow" --figures tests/faults.md
 
 traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
 	@$(UV) run --group dev python tests/traps.py

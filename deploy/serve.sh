@@ -3,9 +3,21 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-# Keys travel with the calls. The organization and the project would be added to every vendor's calls by the server's
-# OpenAI SDK, whoever the caller is, and OPENAI_LOG would print what they say.
-unset $(env | sed -n 's/^\([A-Z0-9_]*_API_KEY\)=.*/\1/p') OPENAI_ORG_ID OPENAI_PROJECT_ID OPENAI_LOG
+# Keys travel with the calls, so none is handed to the server. The organization and the project are not its to have either:
+# its OpenAI SDK would add them to every vendor's calls, whoever the caller is.
+unset $(env | sed -n 's/^\([A-Z0-9_]*_API_KEY\)=.*/\1/p') OPENAI_ORG_ID OPENAI_PROJECT_ID
+
+# On a port in use the server boots, says so in a log line among others, and exits with 0. Linux lists who listens (0A).
+port="${LLAMA_STACK_PORT:-8321}"
+case "${LLAMA_STACK_HOST:-127.0.0.1}" in
+  127.0.0.1 | localhost) rival='(00000000|0100007F)' ;;
+  0.0.0.0 | ::) rival='[0-9A-F]{8}' ;;
+  *) rival=00000000 ;;
+esac
+if grep -Eqs "^ *[0-9]+: (0{32}|$rival):$(printf %04X "$port" 2>&1) [0-9A-F]+:[0-9A-F]+ 0A" /proc/net/tcp /proc/net/tcp6; then
+  echo "Port $port is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT." >&2
+  exit 1
+fi
 
 # In the default format a wrong key is rendered as a rich traceback: 4 s in which nobody is served.
 export LLAMA_STACK_LOG_FORMAT="${LLAMA_STACK_LOG_FORMAT:-json}"
@@ -25,13 +37,17 @@ fi
 # The server inserts every chat into inference_store and cannot be told not to: a view of that name takes the inserts and
 # keeps nothing. The folder is the one that run.yaml names.
 : "${SQLITE_STORE_DIR:=$(sed -n "s|.*SQLITE_STORE_DIR:=~\([^}]*\)}.*|$HOME\1|p" run.yaml)}"
+: "${SQLITE_STORE_DIR:?run.yaml does not say where it is to be, so run.yaml is not the one that ships}"
 export SQLITE_STORE_DIR
 mkdir -p "$SQLITE_STORE_DIR"
 for statement in \
   "CREATE VIEW IF NOT EXISTS inference_store AS SELECT '' AS id, 0 AS created, '' AS model, '' AS choices,
      '' AS input_messages, '' AS owner_principal, '' AS access_attributes WHERE 0" \
   "CREATE TRIGGER IF NOT EXISTS keeps_nothing INSTEAD OF INSERT ON inference_store BEGIN SELECT 1; END"; do
-  python -m sqlite3 "$SQLITE_STORE_DIR/keeps-nothing.db" "$statement"
+  said="$(python -m sqlite3 "$SQLITE_STORE_DIR/keeps-nothing.db" "$statement" 2>&1)" || {
+    echo "The folder $SQLITE_STORE_DIR cannot be used: $(echo "$said" | tail -n 1)" >&2
+    exit 1
+  }
 done
 
 # Given one of the two without the other, the server says nothing and speaks plain HTTP.
@@ -52,17 +68,29 @@ else
 fi
 
 # The server's tracebacks quote what a caller sent (a malformed body) and what a vendor answered. Once it is up, only its
-# JSON lines are let through, without the exceptions in them. (No line holds a \n: to the end, as $ would say, but $ makes
-# sed wait for the next line.)
+# JSON lines are let through, without the exceptions in them. Until then, only the last words of a traceback; and where
+# run.yaml cannot be made into a server, it would neither serve nor exit, so it is ended. Should the log go nowhere any more
+# (a full disk), it is read on, because a server that cannot print a traceback does not answer the call that caused it.
 if [ "$LLAMA_STACK_LOG_FORMAT" = json ]; then
   pipe="$SQLITE_STORE_DIR/log.$$"
   mkfifo -m 600 "$pipe"
   (
+    set +e
     trap '' INT TERM
     rm "$pipe"
-    exec sed -u \
-      -e '/Application startup complete/,/\n/ { /^{/!d; }' \
-      -e 's/"exc_info": \[.*\], "level"/"level"/'
+    while IFS= read -r line; do
+      case "$line" in
+        *'"Application startup complete."'*)
+          printf '%s\n' "$line"
+          sed -u -e '/^{/!d' -e 's/"exc_info": \[.*\], "level"/"level"/' || exec cat > /dev/null
+          exit
+          ;;
+        '  File "'*' in create_app') { sleep 1; kill $$ 2> /dev/null; } & ;;
+        Traceback* | '  File "'* | '    '* | 'During handling'* | 'The above exception'* | '') ;;
+        *) printf '%s\n' "$line" ;;
+      esac
+    done
+    echo "The server did not start. What it said last is above."
   ) < "$pipe" &
   exec > "$pipe" 2>&1
 fi

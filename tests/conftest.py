@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -22,6 +24,19 @@ ALL_KEYS = {
         {f"{vendor}_authorization": f"Bearer {key}" for vendor, key in KEYS.items()} | {"gemini_api_key": KEYS["gemini"]}
     )
 }
+
+
+# The client libraries that the tests use, which may be other releases than those in uv.lock.
+LIBRARIES = ("openai", "langchain-openai", "llama-stack-client")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", type=Path, help="write what the tests of faults measured to this file, as a table")
+
+
+def pytest_report_header() -> str:
+    """Name the releases of the client libraries."""
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def vendor_of(model: str) -> str:
@@ -55,6 +70,34 @@ def streamed_text(response: httpx.Response) -> str:
 def message(response: httpx.Response) -> str:
     """The message of an error answer, in the one shape that OpenAI clients read."""
     return response.json()["error"]["message"]
+
+
+class Figure(NamedTuple):
+    """One line of tests/faults.md: seconds until the caller knew, and the longest that another caller waited meanwhile."""
+
+    fault: str
+    outcome: str
+    seconds: float | None
+    others: float | None
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> Iterator[list[Figure]]:
+    """What the tests measured, written to the file of `--figures` in the end."""
+    figures: list[Figure] = []
+    yield figures
+    if path := pytestconfig.getoption("figures"):
+        rows = [
+            "| fault | outcome | after, s | others waited at most, s |",
+            "|---|---|---:|---:|",
+            *(
+                f"| {row.fault} | {row.outcome} | {'' if row.seconds is None else f'{row.seconds:.1f}'} "
+                f"| {'' if row.others is None else f'{row.others:.2f}'} |"
+                for row in figures
+            ),
+        ]
+        head = "# What faults did\n\nWritten by `make faults`, one gateway worker unless said otherwise, on 2 cores.\n\n"
+        path.write_text(head + "\n".join(rows) + "\n")
 
 
 @pytest.fixture(scope="session")

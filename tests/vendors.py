@@ -18,7 +18,7 @@ import tempfile
 import threading
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -30,6 +30,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 HTML_ERROR = "<html><body><h1>502 Bad Gateway</h1></body></html>"
+
+# What vendors report beside an answer (platform.openai.com/docs/api-reference/debugging-requests).
+REPORTED = {"x-request-id": "req_fake", "x-ratelimit-remaining-requests": "59"}
+
+# What the model `tool-call` asks for, and the JSON text that `structured` answers with.
+TOOL_CALL = {"id": "call_fake", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+STRUCTURED = '{"city": "Paris", "degrees": 21}'
 
 
 def openai_error(status: int, message: str) -> dict:
@@ -128,9 +135,27 @@ def vector(text: str, dimensions: int = 8) -> list[float]:
     return [((sum(text.encode()) * (i + 1)) % 97) / 97 for i in range(dimensions)]
 
 
+def deltas(vendor: Vendor, model: str, prompt: str) -> Iterator[dict]:
+    """The pieces of a streamed answer: words, or those of a tool call."""
+    if model == "tool-call":
+        function = TOOL_CALL["function"]
+        yield {"tool_calls": [TOOL_CALL | {"index": 0, "function": function | {"arguments": ""}}]}
+        for piece in function["arguments"].partition(" "):
+            yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
+    elif model.startswith("big-"):
+        text = answer_text(vendor, model, prompt)
+        for start in range(0, len(text), 10_000):
+            yield {"content": text[start : start + 10_000]}
+    else:
+        for i, word in enumerate(answer_text(vendor, model, prompt).split(" ")):
+            yield {"content": word if i == 0 else f" {word}"}
+
+
 async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIterator[bytes]:
     """A streamed answer as server-sent events, or what is left of it when `model` names a fault."""
     reply = answer_text(vendor, model, prompt)
+    done = "tool_calls" if model == "tool-call" else "stop"
+    pause = float(model.removeprefix("every-")) if model.startswith("every-") else 0.3 if model == "slow" else 0
     head = {"id": new_id(), "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model}
 
     def event(delta: dict, finish: str | None = None, **more: Any) -> bytes:
@@ -138,8 +163,8 @@ async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIt
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
     yield event({"role": "assistant", "content": ""})
-    words = reply.split(" ")
-    for i, word in enumerate(words):
+    pieces = list(deltas(vendor, model, prompt))
+    for i, piece in enumerate(pieces):
         if i == 3:
             if model == "hang-up":
                 raise ConnectionResetError("the stand-in hangs up")
@@ -151,12 +176,14 @@ async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIt
                 error = openai_error(500, "The stand-in failed in the middle of its answer.")
                 yield f"data: {json.dumps(error)}\n\n".encode()
                 return
-        await asyncio.sleep(0.3 if model == "slow" else 0)
+            if model == "garbage":
+                yield b"data: {not JSON\n\n"
+        await asyncio.sleep(pause)
         # Gemini ends with a chunk that has both text and finish_reason; the others send an empty one.
-        last = "stop" if vendor.name == "gemini" and word is words[-1] and i == len(words) - 1 else None
-        yield event({"content": word if i == 0 else f" {word}"}, last)
+        last = done if vendor.name == "gemini" and i == len(pieces) - 1 else None
+        yield event(piece, last)
     if vendor.name != "gemini":
-        yield event({}, "stop")
+        yield event({}, done)
     if (body.get("stream_options") or {}).get("include_usage"):
         yield f"data: {json.dumps(head | {'choices': [], 'usage': usage(prompt, reply)})}\n\n".encode()
     yield b"data: [DONE]\n\n"
@@ -164,33 +191,72 @@ async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIt
 
 def answer_text(vendor: Vendor, model: str, prompt: str) -> str:
     """What a stand-in replies. It says what it is, and gives the prompt back so that callers can be told apart."""
+    if model == "structured":
+        return STRUCTURED
+    if size := re.fullmatch(r"big-(\d+)", model):
+        return "x" * int(size[1]) * 1_000_000
     return f"This is a stand-in for {vendor.title}, not {model} itself. You said: {prompt}"
 
 
 async def answer_chat(vendor: Vendor, body: dict) -> Response:
-    """POST chat/completions. Models that misbehave:
+    """POST chat/completions. Models that do something else than talk:
 
-    `status-NNN` answers with that status and the vendor's error body, `html` with a proxy's HTML page;
+    `tool-call` calls a tool, `structured` answers with JSON and `logprobs` with the odds of its first word.
+
+    Models that misbehave:
+
+    `status-NNN` answers with that status and the vendor's error body, `html` with a proxy's HTML page, `garbage` with what
+    is not JSON, `big-N` with N MB;
     `hang-up` closes the connection, `stall` goes silent, `no-finish` ends a stream early but cleanly and `error-event`
-    ends it with an error (each after a few words if streamed); `slow` takes 0.3 s a word.
+    ends it with an error (each after a few words if streamed); `cut-N` closes the connection after N bytes of its answer;
+    `slow` takes 0.3 s a word and `every-N` N seconds.
     """
     model, prompt = body["model"], text_of(body["messages"])
     if status := re.fullmatch(r"status-(\d{3})", model):
         code = int(status[1])
         # Without a hint of when to try again, the server's OpenAI SDK would spend 0.5 s and more on each of its two retries.
-        return JSONResponse(vendor.error(code, f"{vendor.title} says {code}."), code, {"retry-after-ms": "20"})
+        hint = {"retry-after-ms": "20", "retry-after": "7"}
+        return JSONResponse(vendor.error(code, f"{vendor.title} says {code}."), code, hint)
     if model == "html":
         return HTMLResponse(HTML_ERROR, 502, {"retry-after-ms": "20"})
     if body.get("stream"):
-        return StreamingResponse(chunks(vendor, model, prompt, body), media_type="text/event-stream")
+        stream = chunks(vendor, model, prompt, body)
+        if size := re.fullmatch(r"cut-(\d+)", model):
+            stream = cut(stream, int(size[1]))
+        return StreamingResponse(stream, media_type="text/event-stream")
+    if model == "garbage":
+        return Response("{not JSON", media_type="application/json")
     if model == "hang-up":
         return StreamingResponse(chunks(vendor, model, prompt, body), media_type="application/json")
     if model == "stall":
         await asyncio.Event().wait()
     reply = answer_text(vendor, model, prompt)
-    choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+    if model == "tool-call":
+        choice |= {"message": {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}, "finish_reason": "tool_calls"}
+    if model == "logprobs":
+        odds = {"token": "This", "logprob": -0.1, "bytes": [84, 104, 105, 115]}
+        choice["logprobs"] = {"content": [odds | {"top_logprobs": [odds]}], "refusal": None}
     head = {"id": new_id(), "object": "chat.completion", "created": 1_700_000_000, "model": model}
-    return JSONResponse(head | {"choices": [choice], "usage": usage(prompt, reply)})
+    answer = JSONResponse(head | {"choices": [choice], "usage": usage(prompt, reply)})
+    if size := re.fullmatch(r"cut-(\d+)", model):
+        headers = {"content-length": str(len(answer.body)), "content-type": "application/json"}
+        return StreamingResponse(cut(once(bytes(answer.body)), int(size[1])), headers=headers)
+    return answer
+
+
+async def once(body: bytes) -> AsyncIterator[bytes]:
+    """An answer in one piece."""
+    yield body
+
+
+async def cut(stream: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
+    """The first `size` bytes of an answer, and then the connection is closed."""
+    async for piece in stream:
+        yield piece[:size]
+        size -= len(piece)
+        if size <= 0:
+            raise ConnectionResetError("the stand-in hangs up")
 
 
 def answer_embeddings(vendor: Vendor, body: dict) -> Response:
@@ -215,14 +281,15 @@ def answer_embeddings(vendor: Vendor, body: dict) -> Response:
 class Vendors:
     """The running stand-ins, as a context manager.
 
-    `seen` holds the last requests in order of arrival, `strangers` the other hostnames that were asked for. Their
-    certificate is for `hosts`, the vendors' own names unless told.
+    `seen` holds the last requests in order of arrival, `strangers` the other hostnames that were asked for, `streaming` the
+    number of answers that are being streamed. Their certificate is for `hosts`, the vendors' own names unless told.
     """
 
     def __init__(self, hosts: Iterable[str] = VENDORS) -> None:
         self.hosts = hosts
         self.seen: deque[Seen] = deque(maxlen=20_000)
         self.strangers: list[str] = []
+        self.streaming = 0
 
     def environ(self) -> dict[str, str]:
         """The variables that lead a process to the stand-ins, and let it trust them."""
@@ -250,7 +317,23 @@ class Vendors:
         call = json.loads(body)
         if call["model"] == "no-such-model":
             return JSONResponse(vendor.error(404, "The model no-such-model does not exist."), 404)
-        return answer_embeddings(vendor, call) if calls[path] == "/embeddings" else await answer_chat(vendor, call)
+        try:
+            response = answer_embeddings(vendor, call) if calls[path] == "/embeddings" else await answer_chat(vendor, call)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return JSONResponse(vendor.error(400, f"The call makes no sense: {error!r}"), 400)
+        response.headers.update(REPORTED)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = self.counted(response.body_iterator)
+        return response
+
+    async def counted(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """A streamed answer that counts as `streaming` until it ends or its reader leaves."""
+        self.streaming += 1
+        try:
+            async for piece in stream:
+                yield piece
+        finally:
+            self.streaming -= 1
 
     async def tunnel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One CONNECT request to the proxy, and everything that follows on its connection."""
