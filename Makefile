@@ -6,7 +6,7 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test long traps
+.PHONY: help server client demo test rolling traps
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -26,8 +26,8 @@ test: $(UV)  ## the whole test suite, offline
 	$(UV) run --group dev ruff format --check
 	$(UV) run --group dev --group deploy pytest
 
-long: $(UV)  ## the tests that take minutes, with their figures
-	$(UV) run --group dev --group deploy pytest -m long -s
+rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print what callers noticed
+	$(UV) run --group dev pytest tests/test_balancer.py -m slow -s
 
 traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
 	@$(UV) run --group dev python tests/traps.py

@@ -189,7 +189,7 @@ def kill(balancer: Balancer, gateway: Gateway, callers: int, seconds: float) -> 
     assert any(call.began > gone for call in load.calls)
 
 
-@pytest.mark.parametrize("announced", [True, pytest.param(False, marks=pytest.mark.long)], ids=["announced", "unannounced"])
+@pytest.mark.parametrize("announced", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["announced", "unannounced"])
 def test_a_restart_loses_no_call(balancer: Balancer, gateways: dict[str, Gateway], announced: bool) -> None:
     before = gateways["a"].process.pid
     with Load(balancer.url) as load:
@@ -210,9 +210,9 @@ def test_a_killed_gateway_loses_what_it_had_in_hand_and_no_more(balancer: Balanc
     kill(balancer, gateways["b"], callers=4, seconds=3)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_three_rolling_restarts_and_two_kills(balancer: Balancer, gateways: dict[str, Gateway]) -> None:
-    """The figures in the README come from here: `make long` prints them."""
+    """The figures in the README come from here: `make rolling` prints them."""
     with Load(balancer.url, callers=8) as load:
         for _ in range(3):
             for name, gateway in gateways.items():
