@@ -212,7 +212,7 @@ def test_a_killed_gateway_loses_what_it_had_in_hand_and_no_more(balancer: Balanc
 
 @pytest.mark.slow
 def test_three_rolling_restarts_and_two_kills(balancer: Balancer, gateways: dict[str, Gateway]) -> None:
-    """The figures in the README come from here: `make long` prints them."""
+    """The figures in the README come from here: `make rolling` prints them."""
     with Load(balancer.url, callers=8) as load:
         for _ in range(3):
             for name, gateway in gateways.items():

@@ -19,7 +19,7 @@ from gateway import PROJECT, Gateway, free_port
 from vendors import Vendors
 
 DEPLOY = PROJECT / "deploy"
-MANIFESTS = sorted(set((DEPLOY / "kubernetes").glob("*.yaml")) - {DEPLOY / "kubernetes/kustomization.yaml"})
+MANIFESTS = sorted(file for file in (DEPLOY / "kubernetes").glob("*.yaml") if file.stem != "kustomization")
 RENDER = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", "deploy/kubernetes"]
 
 
@@ -82,6 +82,25 @@ def test_what_kustomize_renders_is_valid_and_carries_this_run_yaml(rendered: Pat
     pod = next(each for each in kinds if each["kind"] == "Deployment")["spec"]["template"]["spec"]
     assert config["metadata"]["name"] in [volume.get("configMap", {}).get("name") for volume in pod["volumes"]]
     assert pod["containers"][0]["envFrom"][0]["configMapRef"]["name"] in [each["metadata"]["name"] for each in kinds]
+
+
+def test_the_egress_proxy_is_a_component(rendered: Path, tmp_path: Path) -> None:
+    """With it, the pods' gateways reach the vendors as `make server EGRESS=1` does, through the same configuration."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    shutil.copy(PROJECT / "run.yaml", tmp_path)
+    with (tmp_path / "deploy/kubernetes/kustomization.yaml").open("a") as file:
+        file.write("components:\n- egress\n")
+    everything = tmp_path / "all.yaml"
+    everything.write_text(run(*RENDER[:-1], str(tmp_path / RENDER[-1])))
+    run("kubernetes-validate", "--strict", str(everything))
+    kinds = list(yaml.safe_load_all(everything.read_text()))
+    config = next(each for each in kinds if "haproxy.cfg" in each.get("data", {}))
+    assert config["data"]["haproxy.cfg"] == (DEPLOY / "egress/haproxy.cfg").read_text()
+    pod = next(each for each in kinds if each["kind"] == "Deployment")["spec"]["template"]["spec"]
+    assert config["metadata"]["name"] in [volume.get("configMap", {}).get("name") for volume in pod["volumes"]]
+    script = (DEPLOY / "egress/serve.sh").read_text().replace("$through", "http://127.0.0.1:8322")
+    for setting in pod["containers"][0]["env"]:
+        assert f'{setting["name"]}="${{{setting["name"]}:-{setting["value"]}}}"' in script
 
 
 def test_every_object_means_the_same_pods(objects: dict[str, dict]) -> None:
