@@ -270,7 +270,7 @@ def check(contender: Contender) -> None:
             raise Skipped(f"no answer to a {kind} call: {error}") from error
         if status != (401 if kind == "wrong" else 200):
             raise Skipped(f"a {kind} call was answered with {status}: {text[:300]}")
-    if stream(contender.calls["paced"], 2, 3, 10).complete != 2:
+    if stream(contender.calls.get("paced", contender.calls["far"]), 2, 3, 10).complete != 2:
         raise Skipped("a stream did not come to its end")
 
 

@@ -281,8 +281,29 @@ def portkey(up: Upstream, home: Path) -> Contender:
 
 
 def egress(up: Upstream, home: Path) -> Contender:
-    """This project with its egress proxy, for the distant vendor."""
-    raise Skipped("this version has no deploy/egress")
+    """This project as `make server EGRESS=1` starts it, for the distant vendor: its proxy finds the vendors' names there."""
+    if not (PROJECT / "deploy/egress").is_dir():
+        raise Skipped("this version has no deploy/egress")
+    if not shutil.which("haproxy"):
+        raise Skipped("HAProxy is not installed (apt-get install haproxy)")
+    from wire import NameServer
+
+    names = NameServer()
+    names.__enter__()  # A daemon thread, which ends with this process.
+    server = Server(
+        home,
+        ("make", "--silent", "server", "EGRESS=1"),
+        EGRESS_PORT=str(free_port()),
+        EGRESS_NAMESERVER=f"127.0.0.1:{names.port}",
+        EGRESS_VENDOR_PORT=str(up.far_port),
+        # HAProxy reads a file. One CA in it costs the server, which reads it too, no more than a hashed directory.
+        SSL_CERT_FILE=str(up.ca),
+        SQLITE_STORE_DIR=str(home / "store"),
+    )
+    far = {"far": provider_data_calls(server)["far"]}
+    release = subprocess.run(["haproxy", "-v"], check=True, capture_output=True, text=True).stdout.split()[2]
+    size = megabytes(own_environment())
+    return Contender("egress", "make server EGRESS=1", far, server, f"haproxy {release}", size)
 
 
 MAKERS: dict[str, Callable[[Upstream, Path], Contender]] = {
