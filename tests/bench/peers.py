@@ -5,7 +5,6 @@ recommends for production, as far as that can be had without a database: each se
 All of them find the vendor at the same addresses, over TLS, with the same throwaway CA.
 """
 
-import importlib.metadata
 import json
 import os
 import secrets
@@ -124,7 +123,7 @@ def direct(up: Upstream, home: Path) -> Contender:
 
 
 def own_environment() -> Path:
-    """What `make server` installs, without the test tools: for its size, and to start the server from by hand."""
+    """The environment that `make server` installs: apart from the project's own, which has the test tools in it too."""
     folder = CACHE / "lls-openai"
     uv = os.environ.get("UV", "uv")
     run(uv, "sync", "--quiet", "--frozen", "--compile-bytecode", UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
@@ -153,7 +152,9 @@ def vendor_urls(up: Upstream) -> dict[str, str]:
 
 def ours(up: Upstream, home: Path, workers: int) -> Contender:
     """This project as `make server` starts it, its CA in a directory of hashed ones, as on Debian and Fedora."""
+    folder = own_environment()
     settings = vendor_urls(up) | {
+        "UV_PROJECT_ENVIRONMENT": str(folder),
         "SSL_CERT_DIR": str(up.hashed),
         "LLAMA_STACK_WORKERS": str(workers),
         "SQLITE_STORE_DIR": str(home / "store"),
@@ -165,8 +166,8 @@ def ours(up: Upstream, home: Path, workers: int) -> Contender:
         title,
         provider_data_calls(server),
         server,
-        f"llama-stack {importlib.metadata.version('llama-stack')}",
-        megabytes(own_environment()),
+        f"llama-stack {version(folder, 'llama_stack')}",
+        megabytes(folder),
     )
 
 
@@ -290,9 +291,11 @@ def egress(up: Upstream, home: Path) -> Contender:
 
     names = NameServer()
     names.__enter__()  # A daemon thread, which ends with this process.
+    folder = own_environment()
     server = Server(
         home,
         ("make", "--silent", "server", "EGRESS=1"),
+        UV_PROJECT_ENVIRONMENT=str(folder),
         EGRESS_PORT=str(free_port()),
         EGRESS_NAMESERVER=f"127.0.0.1:{names.port}",
         EGRESS_VENDOR_PORT=str(up.far_port),
@@ -302,8 +305,7 @@ def egress(up: Upstream, home: Path) -> Contender:
     )
     far = {"far": provider_data_calls(server)["far"]}
     release = subprocess.run(["haproxy", "-v"], check=True, capture_output=True, text=True).stdout.split()[2]
-    size = megabytes(own_environment())
-    return Contender("egress", "make server EGRESS=1", far, server, f"haproxy {release}", size)
+    return Contender("egress", "make server EGRESS=1", far, server, f"haproxy {release}", megabytes(folder))
 
 
 MAKERS: dict[str, Callable[[Upstream, Path], Contender]] = {
