@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 README = Path(__file__).parent.parent.parent / "README.md"
-BEGIN, END = "<!-- written by make bench -->", "<!-- end -->"
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 def number(value: float) -> str:
