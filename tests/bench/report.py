@@ -170,8 +170,8 @@ def results_md(r: Results) -> str:
     }
     about = (
         f"{raw['machine']['cores']} cores, {raw['machine']['system']} {raw['machine']['arch']}, Python {raw['python']}. "
-        f"{plural(raw['rounds'], 'round')}, {raw['seconds']} s a step, everything on one machine, the vendor over TLS. Medians of "
-        "the rounds, with the lowest and the highest. Latencies are whole: less the vendor's own, they are what a gateway adds."
+        f"{plural(raw['rounds'], 'round')}, {raw['seconds']} s a step, everything on one machine, the vendor over TLS. Medians "
+        "of the rounds, with the lowest and the highest. Latencies are whole: less the vendor's own, they are what a gateway adds."
     )
     return f"# make bench, {raw['date']}\n\n{about}\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
 
