@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway import PROJECT, PROVIDER_DATA, Gateway, free_port, processes
+from wire import NameServer
 
 from .load import Call
 from .upstream import GOOD_KEY, WRONG_KEY, Upstream
@@ -283,12 +284,8 @@ def portkey(up: Upstream, home: Path) -> Contender:
 
 def egress(up: Upstream, home: Path) -> Contender:
     """This project as `make server EGRESS=1` starts it, for the distant vendor: its proxy finds the vendors' names there."""
-    if not (PROJECT / "deploy/egress").is_dir():
-        raise Skipped("this version has no deploy/egress")
     if not shutil.which("haproxy"):
         raise Skipped("HAProxy is not installed (apt-get install haproxy)")
-    from wire import NameServer
-
     names = NameServer()
     names.__enter__()  # A daemon thread, which ends with this process.
     folder = own_environment()
