@@ -44,6 +44,7 @@ class Gateway:
     """
 
     trust: ssl.SSLContext | bool = True
+    health = "/v1/health"  # the path that answers once it is up
 
     def __init__(self, home: Path, command: tuple[str, ...] = ("make", "server"), cwd: Path = PROJECT, **settings: str) -> None:
         self.home, self.command, self.cwd = home, command, cwd
@@ -59,7 +60,7 @@ class Gateway:
         return self.log_file.read_text()
 
     def start(self, seconds: float = 60) -> "Gateway":
-        """Start the process and wait until it answers `/v1/health`.
+        """Start the process and wait until it answers `health`.
 
         Raises RuntimeError with the end of its log if it exits, or takes longer than `seconds`.
         """
@@ -88,7 +89,7 @@ class Gateway:
     def answers(self) -> bool:
         """Whether it answers `/v1/health`."""
         try:
-            return httpx.get(f"{self.url}/v1/health", trust_env=False, verify=self.trust).is_success
+            return httpx.get(f"{self.url}{self.health}", trust_env=False, verify=self.trust).is_success
         except httpx.HTTPError:
             return False
 

@@ -1,0 +1,318 @@
+"""The contenders: how each is installed, configured, started and called.
+
+Peers live in environments of their own in `.bench/`, newest release of each, and are set up the way their documentation
+recommends for production, as far as that can be had without a database: each setting here has its reason beside it.
+All of them find the vendor at the same addresses, over TLS, with the same throwaway CA.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gateway import PROJECT, PROVIDER_DATA, Gateway, free_port, processes
+from wire import NameServer
+
+from .load import Call
+from .upstream import GOOD_KEY, WRONG_KEY, Upstream
+
+CACHE = PROJECT / ".bench"
+
+
+class Skipped(Exception):
+    """A contender that cannot take part, and why, in a sentence."""
+
+
+class Server(Gateway):
+    """A contender's process, and what it says it is healthy at."""
+
+    def __init__(self, home: Path, command: tuple, health: str = "/v1/health", cwd: Path = PROJECT, **settings: str) -> None:
+        # Python's compiled modules are kept, as they are for everyone who starts a server twice.
+        settings = {"PYTHONDONTWRITEBYTECODE": ""} | settings
+        super().__init__(home, tuple(map(str, command)), cwd, **settings)
+        self.health = health
+
+    def memory(self) -> float:
+        """The memory of all its processes, in MB, what they share counted once (PSS). Source: /proc/PID/smaps_rollup."""
+        total = 0
+        for pid, *_ in processes(self.process.pid):
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except OSError:
+                continue
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total / 1000
+
+    def cpu(self) -> float:
+        """The seconds of CPU that its processes have used so far. Source: /proc/PID/stat."""
+        ticks = 0
+        for pid, *_ in processes(self.process.pid):
+            try:
+                values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            ticks += int(values[11]) + int(values[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Contender:
+    """One way from a caller to the vendor. `calls` by kind: near, wrong (a wrong key), paced, far."""
+
+    name: str
+    title: str
+    calls: dict[str, Call]
+    server: Server | None = None
+    version: str = ""
+    size: float = 0.0  # MB on disk
+    served: int = 0
+    memory: dict[int, float] = field(default_factory=dict)  # MB, by requests served since its start
+
+
+def run(*command: object, cwd: Path = PROJECT, **settings: str) -> str:
+    """Run an installer. Raises Skipped with the end of what it printed if it fails."""
+    arguments = list(map(str, command))
+    done = subprocess.run(arguments, check=False, cwd=cwd, env=os.environ | settings, capture_output=True, text=True)
+    if done.returncode:
+        raise Skipped(f"{command[0]} could not install it: {done.stderr.strip()[-300:]}")
+    return done.stdout
+
+
+def megabytes(folder: Path) -> float:
+    """The size of the files in a folder, without Python's compiled copies of them, in MB."""
+    return sum(f.lstat().st_size for f in folder.rglob("*") if "__pycache__" not in f.parts and not f.is_dir()) / 1e6
+
+
+def environment(name: str, *packages: str) -> Path:
+    """An environment in `.bench/` with `packages`, installed or brought up to date. Returns its folder."""
+    folder = CACHE / name
+    uv = os.environ.get("UV", "uv")
+    if not (folder / "bin/python").exists():
+        run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder)
+    install = (uv, "pip", "install", "--quiet", "--upgrade", "--compile-bytecode", "--python", folder / "bin/python")
+    # Not from the project's folder, where uv would hold peers to the stock server's constraints.
+    run(*install, *packages, cwd=Path("/"))
+    return folder
+
+
+def version(folder: Path, package: str) -> str:
+    """The version of `package` in an environment."""
+    found = next((folder / "lib").glob(f"python3*/site-packages/{package}-*.dist-info"))
+    return found.name.removesuffix(".dist-info").rpartition("-")[2]
+
+
+def direct(up: Upstream, home: Path) -> Contender:
+    """No gateway: callers that keep their connections to the vendor open."""
+    return Contender(
+        "direct",
+        "the vendor itself",
+        {
+            kind: Call(f"{base}/v1/chat/completions", {"Authorization": f"Bearer {key}"}, "gpt-4o")
+            for kind, base, key in (
+                ("near", up.near, GOOD_KEY),
+                ("wrong", up.near, WRONG_KEY),
+                ("paced", up.paced, GOOD_KEY),
+                ("far", up.far, GOOD_KEY),
+            )
+        },
+    )
+
+
+def own_environment() -> Path:
+    """The environment that `make server` installs: apart from the project's own, which has the test tools in it too."""
+    folder = CACHE / "lls-openai"
+    uv = os.environ.get("UV", "uv")
+    run(uv, "sync", "--quiet", "--frozen", "--compile-bytecode", UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
+    return folder
+
+
+def provider_data_calls(server: Server, header: str = PROVIDER_DATA) -> dict[str, Call]:
+    """The calls to a server that takes keys in a provider-data header."""
+
+    def call(model: str, key: str) -> Call:
+        keys = {f"{vendor}_authorization": f"Bearer {key}" for vendor in ("openai", "gemini", "anthropic")}
+        return Call(f"{server.url}/v1/chat/completions", {header: json.dumps(keys)}, model)
+
+    return {
+        "near": call("openai/gpt-4o", GOOD_KEY),
+        "wrong": call("openai/gpt-4o", WRONG_KEY),
+        "paced": call("anthropic/claude-haiku-4-5-20251001", GOOD_KEY),
+        "far": call("gemini/gemini-2.5-flash-lite", GOOD_KEY),
+    }
+
+
+def vendor_urls(up: Upstream) -> dict[str, str]:
+    """The settings of `run.yaml` that lead its vendors here: one address for each kind of call."""
+    return {"OPENAI_PASSTHROUGH_URL": up.near, "ANTHROPIC_PASSTHROUGH_URL": up.paced, "GEMINI_PASSTHROUGH_URL": up.far}
+
+
+def ours(up: Upstream, home: Path, workers: int) -> Contender:
+    """This project as `make server` starts it, its CA in a directory of hashed ones, as on Debian and Fedora."""
+    folder = own_environment()
+    settings = vendor_urls(up) | {
+        "UV_PROJECT_ENVIRONMENT": str(folder),
+        "SSL_CERT_DIR": str(up.hashed),
+        "LLAMA_STACK_WORKERS": str(workers),
+        "SQLITE_STORE_DIR": str(home / "store"),
+    }
+    server = Server(home, ("make", "--silent", "server"), **settings)
+    title = f"make server, {workers} worker{'s' * (workers > 1)}"
+    return Contender(
+        f"ours-{workers}",
+        title,
+        provider_data_calls(server),
+        server,
+        f"llama-stack {version(folder, 'llama_stack')}",
+        megabytes(folder),
+    )
+
+
+def bare(up: Upstream, home: Path) -> Contender:
+    """The same run.yaml, started with nothing of ours around it: CAs in a bundle file, as Python programs have them."""
+    folder = own_environment()
+    server = Server(
+        home,
+        (folder / "bin/llama", "stack", "run", "run.yaml"),
+        SSL_CERT_FILE=str(up.bundle),
+        SQLITE_STORE_DIR=str(home / "store"),
+        **vendor_urls(up),
+    )
+    release = f"llama-stack {version(folder, 'llama_stack')}"
+    return Contender("bare", "the same run.yaml, bare", provider_data_calls(server), server, release, megabytes(folder))
+
+
+def ogx(up: Upstream, home: Path) -> Contender:
+    """The stock server's successor with this run.yaml, in the environment that deploy/serve.sh would give it."""
+    folder = environment("ogx", "ogx")
+    # It needs the file that takes its inserts as the stock server does: deploy/serve.sh makes it before it starts `llama`.
+    store, shim = home / "store", home / "bin"
+    shim.mkdir(parents=True)
+    (shim / "llama").symlink_to("/bin/true")
+    run("deploy/serve.sh", PATH=f"{shim}:{Path(sys.executable).parent}:{os.environ['PATH']}", SQLITE_STORE_DIR=str(store))
+    port = free_port()
+    server = Server(
+        home,
+        # It wants TLS on its own port unless told otherwise. No other contender's port has it.
+        (folder / "bin/ogx", "run", PROJECT / "run.yaml", "--insecure", "--port", port),
+        cwd=home,
+        LLAMA_STACK_PORT=str(port),
+        SSL_CERT_DIR=str(up.hashed),
+        OGX_LOG_FORMAT="json",
+        SQLITE_STORE_DIR=str(store),
+        **vendor_urls(up),
+    )
+    calls = provider_data_calls(server, "X-OGX-Provider-Data")
+    return Contender("ogx", "OGX, this run.yaml", calls, server, f"ogx {version(folder, 'ogx')}", megabytes(folder))
+
+
+def litellm(up: Upstream, home: Path, workers: int) -> Contender:
+    """LiteLLM's proxy, after docs.litellm.ai/docs/proxy/prod: uvicorn workers, quiet logs, a master key, no database."""
+    folder = environment("litellm", "litellm[proxy]")
+    models = {
+        "near": (up.near, GOOD_KEY),
+        "wrong": (up.near, WRONG_KEY),
+        "paced": (up.paced, GOOD_KEY),
+        "far": (up.far, GOOD_KEY),
+    }
+    config = {
+        "model_list": [
+            {"model_name": kind, "litellm_params": {"model": "openai/gpt-4o", "api_base": f"{base}/v1", "api_key": key}}
+            for kind, (base, key) in models.items()
+        ],
+        "litellm_settings": {"set_verbose": False, "json_logs": True, "request_timeout": 600, "telemetry": False},
+        # So that each call is one call to the vendor, a wrong key's included.
+        "router_settings": {"disable_cooldowns": True, "num_retries": 0},
+    }
+    home.mkdir(parents=True)
+    (home / "config.yaml").write_text(json.dumps(config))
+    port, master = free_port(), f"sk-{secrets.token_hex(32)}"
+    command = (folder / "bin/litellm", "--config", home / "config.yaml", "--host", "127.0.0.1", "--port", port)
+    server = Server(
+        home,
+        (*command, "--num_workers", workers),
+        "/health/liveliness",
+        home,
+        LLAMA_STACK_PORT=str(port),
+        SSL_CERT_FILE=str(up.bundle),
+        LITELLM_MASTER_KEY=master,
+        LITELLM_MODE="PRODUCTION",
+        LITELLM_LOG="ERROR",
+        # There is no internet to fetch prices from.
+        LITELLM_LOCAL_MODEL_COST_MAP="True",
+    )
+    calls = {kind: Call(f"{server.url}/v1/chat/completions", {"Authorization": f"Bearer {master}"}, kind) for kind in models}
+    title = f"LiteLLM, {workers} worker{'s' * (workers > 1)}"
+    release = f"litellm {version(folder, 'litellm')}"
+    return Contender(f"litellm-{workers}", title, calls, server, release, megabytes(folder))
+
+
+def portkey(up: Upstream, home: Path) -> Contender:
+    """Portkey's gateway on Node.js, one process: it has no workers."""
+    if not shutil.which("npm"):
+        raise Skipped("npm is not installed")
+    folder = CACHE / "portkey"
+    folder.mkdir(parents=True, exist_ok=True)
+    # With a later node-server its streams fail: "TypeError: immutable" (github.com/Portkey-AI/gateway/issues/1389).
+    package = {"private": True, "dependencies": {"@portkey-ai/gateway": "*"}, "overrides": {"@hono/node-server": "1.13.8"}}
+    (folder / "package.json").write_text(json.dumps(package))
+    run("npm", "install", "--no-audit", "--no-fund", "--silent", cwd=folder)
+    gateway = folder / "node_modules/@portkey-ai/gateway"
+    port = free_port()
+    server = Server(
+        home,
+        ("node", gateway / "build/start-server.js", f"--port={port}", "--headless"),
+        "/",
+        home,
+        LLAMA_STACK_PORT=str(port),
+        NODE_ENV="production",
+        NODE_EXTRA_CA_CERTS=str(up.ca),
+    )
+
+    def call(base: str, key: str = GOOD_KEY) -> Call:
+        headers = {"Authorization": f"Bearer {key}", "x-portkey-provider": "openai", "x-portkey-custom-host": f"{base}/v1"}
+        return Call(f"{server.url}/v1/chat/completions", headers, "gpt-4o")
+
+    calls = {"near": call(up.near), "wrong": call(up.near, WRONG_KEY), "paced": call(up.paced), "far": call(up.far)}
+    release = f"@portkey-ai/gateway {json.loads((gateway / 'package.json').read_text())['version']}"
+    return Contender("portkey", "Portkey", calls, server, release, megabytes(folder))
+
+
+def egress(up: Upstream, home: Path) -> Contender:
+    """This project as `make server EGRESS=1` starts it, for the distant vendor: its proxy finds the vendors' names there."""
+    if not shutil.which("haproxy"):
+        raise Skipped("HAProxy is not installed (apt-get install haproxy)")
+    names = NameServer()
+    names.__enter__()  # A daemon thread, which ends with this process.
+    folder = own_environment()
+    server = Server(
+        home,
+        ("make", "--silent", "server", "EGRESS=1"),
+        UV_PROJECT_ENVIRONMENT=str(folder),
+        EGRESS_PORT=str(free_port()),
+        EGRESS_NAMESERVER=f"127.0.0.1:{names.port}",
+        EGRESS_VENDOR_PORT=str(up.far_port),
+        # HAProxy reads a file. One CA in it costs the server, which reads it too, no more than a hashed directory.
+        SSL_CERT_FILE=str(up.ca),
+        SQLITE_STORE_DIR=str(home / "store"),
+    )
+    far = {"far": provider_data_calls(server)["far"]}
+    release = subprocess.run(["haproxy", "-v"], check=True, capture_output=True, text=True).stdout.split()[2]
+    return Contender("egress", "make server EGRESS=1", far, server, f"haproxy {release}", megabytes(folder))
+
+
+MAKERS: dict[str, Callable[[Upstream, Path], Contender]] = {
+    "direct": direct,
+    "ours-1": lambda up, home: ours(up, home, 1),
+    "ours-2": lambda up, home: ours(up, home, 2),
+    "bare": bare,
+    "ogx": ogx,
+    "litellm-1": lambda up, home: litellm(up, home, 1),
+    "litellm-2": lambda up, home: litellm(up, home, 2),
+    "portkey": portkey,
+    "egress": egress,
+}

@@ -1,0 +1,281 @@
+"""The vendor that every contender talks to, on loopback and over TLS, made so that it is never what limits them.
+
+nginx ends TLS and answers regular calls itself: a fixed completion, or a 401 where the key is not `GOOD_KEY`. Streams, which
+nginx cannot pace, it passes to an asyncio server. The prompt says how one is to go: "40 chunks, 50 ms apart". Each chunk
+carries the moment it was sent, so that a reader on the same machine knows how long it travelled.
+
+Base URLs: `near` for regular calls, `paced` for streams, and `far` for both, through a relay that keeps the vendor a 40 ms
+round trip away and counts new connections.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import certifi
+import trustme
+from gateway import free_port
+
+GOOD_KEY = "sk-fake-good"
+WRONG_KEY = "sk-fake-wrong"
+ROUND_TRIP = 0.040  # seconds
+HOSTS = ("api.openai.com", "generativelanguage.googleapis.com", "api.anthropic.com")
+
+ANSWER = json.dumps(
+    {
+        "id": "chatcmpl-bench",
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": "gpt-4o",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "All work and no play. " * 40}, "finish_reason": "stop"},
+        ],
+        "usage": {"prompt_tokens": 200, "completion_tokens": 200, "total_tokens": 400},
+    }
+)
+REFUSAL = json.dumps(
+    {"error": {"message": "Incorrect API key provided.", "type": "invalid_request_error", "code": "invalid_api_key"}}
+)
+NO_MODELS = json.dumps({"object": "list", "data": []})
+
+# One worker is enough: a core of nginx answers tens of thousands of calls a second. keepalive_requests is raised so that
+# contenders that pool connections are not made to open new ones.
+NGINX = """
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx.log error;
+events {{ worker_connections 4096; }}
+http {{
+  access_log off;
+  default_type application/json;
+  keepalive_requests 10000000;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  map $http_authorization $refused {{ default 1; "Bearer {key}" 0; }}
+  ssl_certificate {folder}/server.pem;
+  ssl_certificate_key {folder}/server.key;
+  proxy_http_version 1.1;
+  proxy_set_header Connection "";
+  proxy_buffering off;
+  upstream vendor {{ server 127.0.0.1:{vendor}; keepalive 1024; keepalive_requests 10000000; }}
+  server {{
+    {listen}
+    location / {{ return 200 '{models}'; }}
+    location = /near/v1/chat/completions {{
+      if ($refused) {{ return 401 '{refusal}'; }}
+      return 200 '{answer}';
+    }}
+    location = /paced/v1/chat/completions {{ proxy_pass http://vendor; }}
+  }}
+  server {{
+    {listen_far}
+    location / {{ proxy_pass http://vendor; }}
+  }}
+}}
+"""
+
+
+class Vendor(asyncio.Protocol):
+    """One connection to the asyncio server. Speaks just the HTTP/1.1 that clients of a completions API send."""
+
+    shape = re.compile(rb"(\d+) chunks, (\d+) ms apart")
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n%s\r\n\r\n"
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.transport, self.received, self.task = transport, b"", None
+        self.writable = asyncio.Event()
+        self.writable.set()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self.task:
+            self.task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        head, end, body = self.received.partition(b"\r\n\r\n")
+        if not end:
+            return
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+        if len(body) < int(length[1] if length else 0):
+            return
+        self.received = b""
+        if re.search(rb'"stream": ?true', body):
+            chunks, gap = map(int, self.shape.search(body).groups())  # type: ignore[union-attr]
+            self.task = asyncio.get_running_loop().create_task(self.stream(chunks, gap / 1000))
+        else:
+            self.transport.write(self.head % (b"application/json", b"Content-Length: %d" % len(ANSWER)) + ANSWER.encode())
+
+    async def stream(self, chunks: int, gap: float) -> None:
+        """Send `chunks` chunks, `gap` seconds apart or, where that is 0, as fast as the reader takes them."""
+        loop = asyncio.get_running_loop()
+        self.transport.write(self.head % (b"text/event-stream", b"Transfer-Encoding: chunked"))
+        self.send({"role": "assistant", "content": ""})
+        start = loop.time()
+        for number in range(chunks):
+            if gap:
+                await asyncio.sleep(start + number * gap - loop.time())
+            else:
+                await self.writable.wait()
+                await asyncio.sleep(0)
+            self.send({"content": f"@{time.monotonic():.6f} "})
+        self.send({}, "stop")
+        self.event(b"[DONE]")
+        self.transport.write(b"0\r\n\r\n")
+
+    def send(self, delta: dict, finish_reason: str | None = None) -> None:
+        """Send one completion chunk, as OpenAI words it."""
+        chunk = {"id": "chatcmpl-bench", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": "gpt-4o"}
+        self.event(json.dumps(chunk | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}).encode())
+
+    def event(self, data: bytes) -> None:
+        """Send one server-sent event in an HTTP chunk of its own."""
+        event = b"data: " + data + b"\n\n"
+        self.transport.write(b"%x\r\n%s\r\n" % (len(event), event))
+
+
+class Relay(asyncio.Protocol):
+    """One direction of a relayed connection: what arrives leaves half a round trip later.
+
+    A real connection also takes a round trip to open, before the caller may send. On loopback it opens at once, so the first
+    bytes from the caller are held for a whole round trip more.
+    """
+
+    def __init__(self, target: int, opened: Any) -> None:
+        self.target, self.opened, self.peer, self.early = target, opened, None, []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.transport = transport
+        self.loop = asyncio.get_running_loop()
+        self.not_before = 0.0
+        if self.peer is None:
+            self.opened.value += 1
+            self.not_before = self.loop.time() + 1.5 * ROUND_TRIP
+            self.task = self.loop.create_task(self.connect())
+
+    async def connect(self) -> None:
+        """Open the vendor's side."""
+        other = Relay(self.target, self.opened)
+        other.peer = self
+        await self.loop.create_connection(lambda: other, "127.0.0.1", self.target)
+        self.peer = other
+        for data in self.early:
+            self.pass_on(data)
+
+    def data_received(self, data: bytes) -> None:
+        if self.peer is None:
+            self.early.append(data)
+        else:
+            self.pass_on(data)
+
+    def pass_on(self, data: bytes) -> None:
+        """Hand `data` to the other side when its time has come."""
+        self.loop.call_at(self.due(), self.peer.transport.write, data)
+
+    def due(self) -> float:
+        """When what happens now reaches the other side. Never the same moment twice: equal timers may fire in any order."""
+        self.not_before = max(self.not_before + 1e-6, self.loop.time() + ROUND_TRIP / 2)
+        return self.not_before
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self.peer:
+            self.loop.call_at(self.due(), self.peer.transport.close)
+
+
+def serve(port: int, protocol: Callable[[], asyncio.Protocol]) -> None:
+    """Serve on loopback, in both address families where `localhost` has two, until killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    async def forever() -> None:
+        server = await asyncio.get_running_loop().create_server(protocol, "localhost", port, backlog=1024)
+        await server.serve_forever()
+
+    asyncio.run(forever())
+
+
+def wait_for_port(port: int, seconds: float = 10) -> None:
+    """Return as soon as something accepts connections on loopback. Raises TimeoutError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"Nothing listens on port {port}.")
+
+
+class Upstream:
+    """All of it, as a context manager. `near`, `paced` and `far` are base URLs; the CA comes in the three forms programs want.
+
+    `ca` is the throwaway CA alone, `bundle` a file of public CAs with it added (what a program that loads a bundle has to
+    read), `hashed` a directory of CA files named by hash.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.opened = multiprocessing.get_context("fork").Value("L", 0, lock=False)
+
+    def __enter__(self) -> Self:
+        self.certify()
+        front, back, vendor, relay = (free_port() for _ in range(4))
+        self.near, self.paced = f"https://localhost:{front}/near", f"https://localhost:{front}/paced"
+        self.far = f"https://localhost:{relay}"
+        self.far_port = relay
+        addresses = {address[4][0] for address in socket.getaddrinfo("localhost", front, type=socket.SOCK_STREAM)}
+        listen = "".join(f"listen {f'[{a}]' if ':' in a else a}:{front} ssl backlog=1024; " for a in addresses)
+        far = f"listen 127.0.0.1:{back} ssl backlog=1024;"
+        settings = {"listen": listen, "listen_far": far, "vendor": vendor, "key": GOOD_KEY}
+        config = self.folder / "nginx.conf"
+        config.write_text(NGINX.format(folder=self.folder, models=NO_MODELS, refusal=REFUSAL, answer=ANSWER, **settings))
+        fork = multiprocessing.get_context("fork")
+        self.children = [
+            fork.Process(target=serve, args=(vendor, Vendor), daemon=True),
+            fork.Process(target=serve, args=(relay, lambda: Relay(back, self.opened)), daemon=True),
+        ]
+        for child in self.children:
+            child.start()
+        self.nginx = subprocess.Popen(["nginx", "-p", self.folder, "-c", config], start_new_session=True)
+        for port in (front, back, vendor, relay):
+            wait_for_port(port)
+        return self
+
+    def certify(self) -> None:
+        """Make the throwaway CA and one certificate for `localhost` and the vendors' names."""
+        ca = trustme.CA()
+        certificate = ca.issue_cert("localhost", *HOSTS)
+        certificate.private_key_pem.write_to_path(self.folder / "server.key")
+        for blob in certificate.cert_chain_pems:
+            blob.write_to_path(self.folder / "server.pem", append=True)
+        self.ca, self.bundle, self.hashed = self.folder / "ca.pem", self.folder / "bundle.pem", self.folder / "hashed"
+        ca.cert_pem.write_to_path(self.ca)
+        self.bundle.write_text(certifi.contents() + self.ca.read_text())
+        name = subprocess.run(["openssl", "x509", "-hash", "-noout", "-in", self.ca], check=True, capture_output=True, text=True)
+        self.hashed.mkdir()
+        shutil.copy(self.ca, self.hashed / f"{name.stdout.strip()}.0")
+
+    def __exit__(self, *_: object) -> None:
+        self.nginx.terminate()
+        for child in self.children:
+            child.terminate()
+        for child in self.children:
+            child.join()
+        self.nginx.wait()
