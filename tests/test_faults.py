@@ -22,7 +22,7 @@ import pytest
 import trustme
 import yaml
 from conftest import ALL_KEYS, MODELS, PROVIDER_DATA, RUN_YAML, Figure, chat, events, message
-from gateway import PROJECT, Gateway, free_port
+from gateway import PROJECT, Gateway, free_port, processes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vendors import KEYS, Vendors
@@ -429,25 +429,8 @@ def test_after_all_of_that_no_key_is_in_the_log(gateway: Gateway) -> None:
 # Operators
 
 
-def processes(group: int) -> list[int]:
-    """The processes of a group that are alive (proc_pid_stat(5): state and group are the third and fifth field)."""
-    alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, pgrp = stat.read_text().rpartition(") ")[2].split()[:3]
-            if int(pgrp) == group and state not in "ZX":
-                alive.append(int(stat.parent.name))
-    return alive
-
-
-def command(process: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
-    return ""
-
-
 class Stream(threading.Thread):
-    """A caller of a stream: `started` is set with its first event, `outcome` is the answer or the exception."""
+    """A caller of a stream: `started` is set with its first line, `problem` is why it broke off."""
 
     def __init__(self, gateway: Gateway, model: str) -> None:
         super().__init__()
@@ -480,11 +463,7 @@ def test_sigkill_restart_and_sigterm(vendors: Vendors, tmp_path: Path, figures: 
     gateway = Gateway(tmp_path, **vendors.environ()).start()
     try:
         streams = [Stream(gateway, "openai/slow") for _ in range(5)]
-        server = next(
-            each
-            for each in processes(gateway.process.pid)
-            if "llama stack run" in command(each) and "uv" not in command(each).split()[0]
-        )
+        (server,) = [int(pid) for pid, *line in processes(gateway.process.pid) if "run.yaml" in line and "python" in line[0]]
         start = time.monotonic()
         os.kill(server, signal.SIGKILL)
         for stream in streams:
@@ -547,7 +526,7 @@ def test_a_killed_worker_is_replaced(vendors: Vendors, tmp_path: Path, figures: 
     with Gateway(tmp_path, LLAMA_STACK_WORKERS="2", **vendors.environ()) as gateway:
 
         def workers() -> list[int]:
-            return [each for each in processes(gateway.process.pid) if "spawn_main" in command(each)]
+            return [int(pid) for pid, *line in processes(gateway.process.pid) if "spawn_main" in " ".join(line)]
 
         def calls(count: int) -> int:
             """How many of `count` calls were answered."""
