@@ -1,7 +1,7 @@
 #!/bin/sh
 # Start the egress proxy and the gateway behind it; when one of them ends, so does the other.
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/../.."
 
 # Debian keeps it where only root looks.
 PATH="$PATH:/usr/local/sbin:/usr/sbin"
@@ -13,7 +13,14 @@ fi
 # Keys travel with the calls: neither process needs one of its own.
 unset $(env | sed -n 's/^\([A-Z0-9_]*_API_KEY\)=.*/\1/p')
 export EGRESS_PORT="${EGRESS_PORT:-8322}"
-[ -n "${SSL_CERT_FILE-}" ] || unset SSL_CERT_FILE
+
+# The CAs that the gateway is told to trust, or else the system's, wherever it keeps a bundle of them.
+: "${EGRESS_CA:=${SSL_CERT_FILE:-${SSL_CERT_DIR-}}}"
+for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem /etc/ssl/cert.pem; do
+  [ -n "$EGRESS_CA" ] || [ ! -e "$bundle" ] || EGRESS_CA="$bundle"
+done
+export EGRESS_CA="${EGRESS_CA:-@system-ca}"
+
 [ -n "${EGRESS_NAMESERVER-}" ] || unset EGRESS_NAMESERVER
 if [ -n "${HTTPS_PROXY-}${https_proxy-}${ALL_PROXY-}${all_proxy-}" ]; then
   echo "The egress proxy connects to the vendors itself: it does not use the proxy that the environment names." >&2
@@ -25,7 +32,7 @@ apart="setsid setpriv --pdeathsig KILL"
 $apart true 2> /dev/null || apart=
 (
   trap '' HUP INT TERM
-  exec $apart haproxy -db -f haproxy.cfg
+  exec $apart haproxy -db -f deploy/egress/haproxy.cfg
 ) &
 proxy=$!
 
@@ -35,7 +42,7 @@ export GEMINI_PASSTHROUGH_URL="${GEMINI_PASSTHROUGH_URL:-$through/gemini/v1beta/
 export ANTHROPIC_PASSTHROUGH_URL="${ANTHROPIC_PASSTHROUGH_URL:-$through/anthropic}"
 others="${no_proxy:-${NO_PROXY-}}"
 export no_proxy="127.0.0.1${others:+,$others}"
-../serve.sh &
+deploy/serve.sh &
 gateway=$!
 
 trap 'kill "$gateway" || :' HUP INT TERM
