@@ -499,13 +499,13 @@ def newest_openai(bench: Bench) -> Row:
 
 
 def unused_packages(bench: Bench) -> Row:
-    """What Oracle's packages weigh."""
+    """What the packages weigh that are left out."""
 
     def size(environment: Path) -> str:
         return f"{sum(path.lstat().st_blocks * 512 for path in environment.rglob('*')) / 1e6:.0f} MB"
 
     return Row(
-        "the overrides for `oci` and `oracledb`",
+        "the overrides in `pyproject.toml`",
         "packages are installed that nothing here uses",
         size(install(bench, "python_version < '0'")),
         size(install(bench, "")),
