@@ -24,7 +24,7 @@ demo: $(UV)  ## no keys, no internet: stand-in vendors, the gateway and main.py 
 test: $(UV)  ## the whole test suite, offline
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
-	$(UV) run --group dev --group deploy pytest
+	$(UV) run --group dev --group deploy pytest -n 2 --dist loadfile
 
 rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print what callers noticed
 	$(UV) run --group dev pytest tests/test_balancer.py -m slow -s
