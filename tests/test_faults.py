@@ -301,7 +301,8 @@ def test_a_caller_that_hangs_up_ends_the_vendors_stream(
         httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
         client.stream("POST", CHAT, headers=ALL_KEYS, json=body) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # Kept, because httpx hangs up when it is dropped.
+        next(lines)
         assert vendors.streaming == 1
     with Others(gateway) as others:
         seconds = wait_for(lambda: vendors.streaming == 0, 60)
@@ -514,7 +515,8 @@ def test_sigterm_waits_for_a_vendor_that_never_answers(vendors: Vendors, tmp_pat
             httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
             client.stream("POST", CHAT, headers=ALL_KEYS, json=chat("openai/stall", stream=True)) as response,
         ):
-            next(response.iter_lines())
+            lines = response.iter_lines()  # Kept, because httpx hangs up when it is dropped.
+            next(lines)
             gateway.signal(signal.SIGTERM)
             wait_for(lambda: not gateway.answers(), 10)
             time.sleep(5)
