@@ -527,6 +527,39 @@ def test_sigterm_waits_for_a_vendor_that_never_answers(vendors: Vendors, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_leaves_a_server_that_only_sigkill_ends(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
+    """It skips the server's own end, and the threads of the in-memory database keep the process. It serves nobody."""
+    with Gateway(tmp_path, **vendors.environ()) as gateway:
+        with (
+            httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
+            client.stream("POST", CHAT, headers=ALL_KEYS, json=chat("openai/stall", stream=True)) as response,
+        ):
+            lines = response.iter_lines()  # Kept, because httpx hangs up when it is dropped.
+            next(lines)
+            for _ in range(2):
+                gateway.signal(signal.SIGINT)
+                wait_for(lambda: not gateway.answers(), 10)
+                time.sleep(1)
+        time.sleep(5)
+        assert processes(gateway.process.pid)
+        gateway.signal(signal.SIGKILL)
+        wait_for(lambda: processes(gateway.process.pid) == [])
+    figures.append(Figure("Ctrl-C twice with a stream in flight", "does not end; SIGKILL ends it", None, None))
+
+
+@pytest.mark.slow
+def test_a_boot_waits_for_a_vendor_that_accepts_and_never_answers(tmp_path: Path, figures: list[Figure]) -> None:
+    """It asks each vendor for its models first, with the 600 s and three attempts of any call; SIGTERM waits as well."""
+    silent = Accepts()
+    gateway = Gateway(tmp_path, OPENAI_PASSTHROUGH_URL=f"http://127.0.0.1:{silent.port}", HTTPS_PROXY="http://127.0.0.1:9")
+    with pytest.raises(RuntimeError, match="did not start"):
+        gateway.start(40)
+    assert len(silent.kept) == 1
+    silent.close()
+    figures.append(Figure("vendor accepts and never answers while the gateway boots", "still not up after 40 s", None, None))
+
+
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
     with Gateway(tmp_path, LLAMA_STACK_WORKERS="2", **vendors.environ()) as gateway:
 
