@@ -137,7 +137,8 @@ def test_a_stream_that_ends_early_has_no_finish_reason(client: httpx.Client) -> 
 
 def test_a_silent_vendor_does_not_hold_up_others(client: httpx.Client) -> None:
     with client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/stall", stream=True)) as stalled:
-        next(stalled.iter_lines())
+        lines = stalled.iter_lines()  # Kept, because dropping it hangs up.
+        next(lines)
         assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/gpt-4o")).is_success
 
 
