@@ -6,7 +6,7 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test rolling libraries faults traps bench
+.PHONY: help server client demo test rolling libraries faults traps bench profile
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -40,8 +40,11 @@ faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.m
 traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
 	@$(UV) run --group dev python tests/traps.py
 
-bench: $(UV)  ## this gateway beside its peers, about 15 minutes (a quick look: ROUNDS=1 SECONDS=1)
+bench: $(UV)  ## this gateway beside its peers, about 20 minutes (a quick look: ROUNDS=1 SECONDS=1)
 	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) --only $(ONLY)
+
+profile: $(UV)  ## where the server's time goes, sampled with py-spy
+	@PYTHONPATH=tests $(UV) run --group dev python -m bench.profiling
 
 .uv/bin/uv:
 	python3 -m venv .uv
