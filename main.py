@@ -37,6 +37,7 @@ if KEYS["gemini"]:
     provider_data["gemini_api_key"] = KEYS["gemini"]  # Gemini's embeddings take the bare key.
 HEADERS = {"X-LlamaStack-Provider-Data": json.dumps(provider_data)}
 
+PATIENCE = 300  # Seconds. Models may think for minutes.
 GATEWAY = f"http://localhost:{os.environ.get('LLAMA_STACK_PORT') or 8321}"
 
 # Embeddings models need no registration: any model of a vendor is there as provider/model.
@@ -52,8 +53,11 @@ class Failure(Exception):
 
 def list_models(client: httpx.Client) -> list[str]:
     """The ids of the chat models that the gateway has registered. Raises Failure if something else answers there."""
+    response = client.get("/v1/models")
+    if response.status_code == 401:
+        raise Failure(f"The gateway at {GATEWAY} wants a token of your identity provider, which this sample does not send.")
     try:
-        models = client.get("/v1/models").raise_for_status().json()["data"]
+        models = response.raise_for_status().json()["data"]
         return [model["id"] for model in models if model["custom_metadata"]["model_type"] == "llm"]
     except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"What answers at {GATEWAY} is not the gateway. Is another program using its port?") from error
@@ -141,15 +145,14 @@ def main() -> int:
         print(problem, file=sys.stderr, flush=True)
 
     if not any(KEYS.values()):
-        names = ", ".join(map(variable, KEYS))
-        report(f"There is no key to call with. Copy .env.example to .env and fill in at least one of {names}.")
+        report(f"There is no key. Copy .env.example to .env, and fill in one of {', '.join(map(variable, KEYS))} or more.")
         return 1
 
-    # Vendors may think for minutes. The gateway is on this machine, so no proxy may come between. It closes a connection
-    # after passing on an error, without saying so: a connection of its own for each call is not caught out by that.
-    settings = {"timeout": httpx.Timeout(300, connect=5), "trust_env": False}
-    with httpx.Client(base_url=GATEWAY, limits=httpx.Limits(max_keepalive_connections=0), **settings) as client:
-        try:
+    # The gateway is on this machine, so no proxy may come between. It closes a connection after passing on an error, without
+    # saying so: a connection of its own for each call is not caught out by that.
+    settings = {"timeout": httpx.Timeout(PATIENCE, connect=5), "trust_env": False}
+    try:
+        with httpx.Client(base_url=GATEWAY, limits=httpx.Limits(max_keepalive_connections=0), **settings) as client:
             models = options.model or list_models(client)
             for model in models + ([] if options.model else list(EMBEDDINGS)):
                 if not KEYS.get(vendor(model), "unknown to this client, so let the gateway answer"):
@@ -161,22 +164,19 @@ def main() -> int:
                     if model in EMBEDDINGS:
                         vector = embed(client, model, options.prompt)
                         print(f"embedding: {len(vector)} numbers, from {vector[:3]}", flush=True)
-                    else:
-                        print(f"regular:   {ask(client, model, options.prompt)}\nstreaming: ", end="", flush=True)
-                        ask_streaming(client, model, options.prompt)
-                        print(flush=True)
-                except Failure as failure:
+                        continue
+                    print(f"regular:   {ask(client, model, options.prompt)}\nstreaming: ", end="", flush=True)
+                    ask_streaming(client, model, options.prompt)
                     print(flush=True)
-                    report(str(failure))
-                except httpx.ReadTimeout:
+                except (Failure, httpx.ReadTimeout) as failure:
                     print(flush=True)
-                    report(f"{model} sent nothing for {client.timeout.read:.0f} seconds.")
-        except Failure as failure:
-            report(str(failure))
-        except httpx.ConnectError:
-            report(f"No gateway answers at {GATEWAY}. Start it with: make server")
-        except httpx.HTTPError as error:
-            report(f"The connection to the gateway at {GATEWAY} failed: {error or type(error).__name__}. Is it still running?")
+                    report(str(failure) if isinstance(failure, Failure) else f"{model} fell silent for {PATIENCE} seconds.")
+    except Failure as failure:
+        report(str(failure))
+    except (httpx.ConnectError, httpx.InvalidURL):
+        report(f"No gateway answers at {GATEWAY}. Start it with: make server")
+    except httpx.HTTPError as error:
+        report(f"The connection to the gateway at {GATEWAY} failed: {error or type(error).__name__}. Is it still running?")
     return int(failed)
 
 
@@ -185,3 +185,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # The reader of the output has left: main.py | head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import EMBEDDINGS, MODELS
 from gateway import PROJECT, Gateway, clean_environ, free_port
-from vendors import KEYS
+from vendors import KEYS, Vendors
 
 ENV_FILE = {f"{vendor.upper()}_API_KEY": key for vendor, key in KEYS.items()}
 
@@ -24,7 +24,7 @@ def run(tmp_path: Path, gateway: Gateway):
     """
     (tmp_path / "main.py").write_bytes((PROJECT / "main.py").read_bytes())
 
-    def run(*arguments: str, keys: dict[str, str] = ENV_FILE, port: int = gateway.port) -> subprocess.CompletedProcess:
+    def run(*arguments: str, keys: dict[str, str] = ENV_FILE, port: int | str = gateway.port) -> subprocess.CompletedProcess:
         (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in keys.items()))
         environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(port))
         command = [sys.executable, str(tmp_path / "main.py"), *arguments]
@@ -89,6 +89,20 @@ def test_a_wrong_key_is_named_and_stops_no_other_vendor(run, name: str) -> None:
     assert ended.stdout.count("streaming: This is a stand-in") == 5 - {"OPENAI_API_KEY": 3}.get(name, 1)
 
 
+def test_a_port_that_is_none(run) -> None:
+    ended = run(port="none")
+    assert ended.returncode == 1
+    assert "No gateway answers at http://localhost:none" in ended.stderr
+
+
+def test_a_reader_that_leaves(gateway: Gateway, tmp_path: Path) -> None:
+    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(gateway.port), **ENV_FILE)
+    command = ["sh", "-c", f"{sys.executable} main.py | head -n 2"]
+    ended = subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True, timeout=60, check=True)
+    assert "== openai/gpt-4o" in ended.stdout
+    assert ended.stderr == ""
+
+
 def test_no_gateway(run) -> None:
     ended = run(port=free_port())
     assert ended.returncode == 1
@@ -116,6 +130,13 @@ def test_something_else_on_the_port(run, status: int, body: bytes) -> None:
         other.shutdown()
     assert ended.returncode == 1
     assert "is not the gateway" in ended.stderr
+
+
+def test_a_gateway_that_wants_a_token(run, tmp_path: Path, vendors: Vendors) -> None:
+    with Gateway(tmp_path / "team", AUTH_JWKS_URI="http://127.0.0.1:9/jwks", **vendors.environ()) as team:
+        ended = run(port=team.port)
+    assert ended.returncode == 1
+    assert "wants a token of your identity provider" in ended.stderr
 
 
 @pytest.mark.parametrize(
