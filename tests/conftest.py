@@ -1,15 +1,16 @@
 """The test world: stand-in vendors, the gateway as `make server` starts it, and the callers' headers."""
 
 import json
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 import yaml
-from gateway import PROJECT, PROVIDER_DATA, Gateway
+from gateway import PROJECT, PROVIDER_DATA, Gateway, copy_project
 from vendors import KEYS, Vendors
 
 RUN_YAML = yaml.safe_load((PROJECT / "run.yaml").read_text())
@@ -25,6 +26,8 @@ ALL_KEYS = {
     )
 }
 
+
+WRONG_KEY = {PROVIDER_DATA: json.dumps({"openai_authorization": "Bearer sk-fake-wrong"})}
 
 # The client libraries that the tests use, which may be other releases than those in uv.lock.
 LIBRARIES = ("openai", "langchain-openai", "llama-stack-client")
@@ -56,6 +59,21 @@ def chat(model: str, prompt: str = "Hello", **more: object) -> dict:
     return {"model": model, "messages": [{"role": "user", "content": prompt}]} | more
 
 
+# Calls that the server complains about, each with SECRET in it.
+SECRET = "sk-fake-hidden"
+MALFORMED = [
+    {"json": {"model": MODELS[0], "messages": SECRET}, "headers": ALL_KEYS},
+    {"json": chat(SECRET), "headers": ALL_KEYS},
+    {"json": chat(MODELS[0], tools=[{"type": SECRET}]), "headers": ALL_KEYS},
+    {"json": chat(MODELS[0], temperature=SECRET), "headers": ALL_KEYS},
+    {"json": chat(MODELS[0], **{SECRET: 1}), "headers": ALL_KEYS},
+    {"json": chat(MODELS[0]), "headers": {PROVIDER_DATA: json.dumps({"passthrough_api_key": [SECRET]})}},
+    {"json": chat(MODELS[0]), "headers": {PROVIDER_DATA: json.dumps({"passthrough_url": SECRET})}},
+    {"json": chat(MODELS[0]), "headers": {PROVIDER_DATA: SECRET}},
+    {"json": chat("gemini-native/x"), "headers": {PROVIDER_DATA: json.dumps({"gemini_api_key": {"a": SECRET}})}},
+]
+
+
 def events(response: httpx.Response) -> list[dict]:
     """The server-sent events of a streamed answer, without a closing [DONE]."""
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
@@ -70,6 +88,25 @@ def streamed_text(response: httpx.Response) -> str:
 def message(response: httpx.Response) -> str:
     """The message of an error answer, in the one shape that OpenAI clients read."""
     return response.json()["error"]["message"]
+
+
+def caller(url: str, **settings: Any) -> httpx.Client:
+    """An HTTP client of a gateway that sends no key unless a call adds one.
+
+    It opens a connection for each call, because the server closes one after an error without announcing it.
+    """
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=url, **{"timeout": 30, "trust_env": False, "limits": limits} | settings)
+
+
+def arrivals(client: httpx.Client, model: str, prompt: str = "Hello") -> list[float]:
+    """When each event of a streamed answer arrived, on `time.monotonic`."""
+    arrived = []
+    with client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=chat(model, prompt, stream=True)) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                arrived.append(time.monotonic())
+    return arrived
 
 
 class Figure(NamedTuple):
@@ -116,21 +153,12 @@ def gateway(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="session")
 def client(gateway: Gateway) -> Iterator[httpx.Client]:
-    """An HTTP client for the gateway that sends no key unless a call adds one.
-
-    It opens a connection for each call, because the server closes one after an error without announcing it.
-    """
-    limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=gateway.url, timeout=30, trust_env=False, limits=limits) as client:
+    """A caller of the gateway."""
+    with caller(gateway.url) as client:
         yield client
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of what a server needs, for tests that change run.yaml."""
-    copy = tmp_path / "project"
-    (copy / "deploy").mkdir(parents=True)
-    for name in ("run.yaml", "deploy/serve.sh"):
-        (copy / name).write_bytes((PROJECT / name).read_bytes())
-        (copy / name).chmod(0o755)
-    return copy
+    return copy_project(tmp_path / "project")

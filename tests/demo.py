@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from gateway import PROJECT, Gateway, clean_environ
-from vendors import KEYS, Vendors
+from vendors import KEY_VARIABLES, Vendors
 
 
 def main() -> int:
@@ -21,8 +21,7 @@ def main() -> int:
         gateway = Gateway(Path(home), **vendors.environ())
         try:
             with gateway:
-                keys = {f"{name.upper()}_API_KEY": key for name, key in KEYS.items()}
-                environ = clean_environ(home, LLAMA_STACK_PORT=str(gateway.port), **keys)
+                environ = clean_environ(home, LLAMA_STACK_PORT=str(gateway.port), **KEY_VARIABLES)
                 code = subprocess.run([sys.executable, "main.py"], cwd=PROJECT, env=environ, check=False).returncode
         except RuntimeError as error:
             print(error, file=sys.stderr)

@@ -2,19 +2,28 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
 PROJECT = Path(__file__).parent.parent
 PROVIDER_DATA = "X-LlamaStack-Provider-Data"
+
+# The two commands under `make server`, and under nothing.
+SERVE = ("deploy/serve.sh",)
+BY_HAND = ("llama", "stack", "run", "run.yaml")
+
+# Debian keeps it where only root looks.
+HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin")
 
 
 def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
@@ -87,7 +96,7 @@ class Gateway:
             raise
 
     def answers(self) -> bool:
-        """Whether it answers `/v1/health`."""
+        """Whether it answers `health`."""
         try:
             return httpx.get(f"{self.url}{self.health}", trust_env=False, verify=self.trust).is_success
         except httpx.HTTPError:
@@ -109,11 +118,64 @@ class Gateway:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
+    @property
+    def server(self) -> int:
+        """The process id of the server itself, below whatever started it; of the supervisor where there are workers."""
+        (pid,) = [pid for pid, *line in processes(self.process.pid) if "run.yaml" in line and "python" in line[0]]
+        return int(pid)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment that the server was given. Source: /proc/PID/environ."""
+        return dict(item.split("=", 1) for item in Path(f"/proc/{self.server}/environ").read_text().split("\0") if item)
+
+    def of_processes(self, name: str) -> list[list[str]]:
+        """The fields of /proc/PID/`name`, from behind the program's name on, for each process that still lives."""
+        found = []
+        for pid, *_ in processes(self.process.pid):
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{pid}/{name}").read_text().rpartition(") ")[2].split())
+        return found
+
+    def resident(self) -> int:
+        """Resident memory of the largest process, in bytes. Source: proc(5), statm, in pages."""
+        return max(int(fields[1]) for fields in self.of_processes("statm")) * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu(self) -> float:
+        """CPU time of all processes so far, in seconds. Source: proc(5), stat, utime and stime, in ticks."""
+        return sum(int(fields[11]) + int(fields[12]) for fields in self.of_processes("stat")) / os.sysconf("SC_CLK_TCK")
+
     def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """What `condition` returns as soon as that is true, or at last after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def listening(port: int) -> list[str]:
+    """The addresses on which this machine listens on a TCP port, in the kernel's hexadecimal: 0100007F is 127.0.0.1.
+
+    Source: proc(5), /proc/net/tcp and tcp6, where 0A is LISTEN.
+    """
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    sockets = [(*fields[1].split(":"), fields[3]) for fields in lines]
+    return [address for address, number, state in sockets if state == "0A" and int(number, 16) == port]
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy what a server needs into `folder`, for those who change run.yaml. Returns `folder`."""
+    (folder / "deploy").mkdir(parents=True)
+    for name in ("run.yaml", "deploy/serve.sh"):
+        shutil.copy(PROJECT / name, folder / name)
+    return folder
 
 
 def processes(leader: int) -> list[tuple[str, ...]]:

@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,11 +17,8 @@ import httpx
 import pytest
 import yaml
 from conftest import ALL_KEYS, MODELS, chat
-from gateway import PROJECT, Gateway, clean_environ, free_port
+from gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port
 from vendors import Vendors
-
-# Debian keeps it where only root looks.
-HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
 
 
 class Call(NamedTuple):
@@ -106,19 +101,18 @@ class Balancer:
 
     def wait_until_up(self, *names: str, seconds: float = 15) -> None:
         """Wait until HAProxy's own health checks have found these gateways well."""
-        deadline = time.monotonic() + seconds
-        while not all(re.search(rf"^gateways,{name},.*,UP,", self.admin("show stat"), re.MULTILINE) for name in names):
-            assert time.monotonic() < deadline, self.admin("show stat")
-            time.sleep(0.1)
+
+        def up() -> bool:
+            return all(re.search(rf"^gateways,{name},.*,UP,", self.admin("show stat"), re.MULTILINE) for name in names)
+
+        assert eventually(up, seconds), self.admin("show stat")
 
     def __enter__(self) -> Self:
         environ = clean_environ(self.folder, **self.settings)
         command = [HAPROXY, "-f", "deploy/balancer.cfg"]
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 5
-        while not self.socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        eventually(self.socket.exists, 5)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,7 +126,7 @@ def gateways(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iter
     if not HAPROXY:
         pytest.skip("HAProxy is not installed (Debian: apt-get install haproxy)")
     folder = tmp_path_factory.mktemp("replicas")
-    pair = {name: Gateway(folder / name, command=("deploy/serve.sh",), **vendors.environ()) for name in "ab"}
+    pair = {name: Gateway(folder / name, command=SERVE, **vendors.environ()) for name in "ab"}
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         for gateway in pair.values():
             stack.callback(gateway.stop)

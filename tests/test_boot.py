@@ -9,11 +9,9 @@ import httpx
 import pytest
 import yaml
 from conftest import ALL_KEYS, MODELS, chat, message
-from gateway import PROVIDER_DATA, Gateway, processes
+from gateway import BY_HAND, PROVIDER_DATA, SERVE, Gateway, listening, processes
 from vendors import KEYS, Vendors
 
-SERVE = ("deploy/serve.sh",)
-BY_HAND = ("llama", "stack", "run", "run.yaml")
 CA_FOLDERS = [Path("/etc/ssl/certs"), Path("/etc/pki/ca-trust/extracted/pem/directory-hash")]
 NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9"}  # The discard port: no vendor can be reached.
 
@@ -27,12 +25,6 @@ def models(gateway: Gateway) -> dict[str, str]:
 def call(gateway: Gateway, model: str = MODELS[0]) -> httpx.Response:
     """One chat call with every key."""
     return httpx.post(f"{gateway.url}/v1/chat/completions", headers=ALL_KEYS, json=chat(model), timeout=30, trust_env=False)
-
-
-def environ(gateway: Gateway) -> dict[str, str]:
-    """The environment that the server process was given. Source: /proc/PID/environ."""
-    (server,) = [pid for pid, *line in processes(gateway.process.pid) if "run.yaml" in line and "python" in line[0]]
-    return dict(item.split("=", 1) for item in Path(f"/proc/{server}/environ").read_text().split("\0") if item)
 
 
 def edit(project: Path, change) -> None:
@@ -73,8 +65,8 @@ def test_a_certificate_that_is_not_trusted_is_refused(vendors: Vendors, tmp_path
         assert call(gateway).status_code == 500
         assert call(gateway, "gemini-native/gemini-2.5-flash").status_code == 500
         hashed = [str(folder) for folder in CA_FOLDERS if any(folder.glob("*.0"))]
-        assert environ(gateway).get("SSL_CERT_DIR") == (hashed[0] if hashed else None)
-        assert environ(gateway)["LLAMA_STACK_LOG_FORMAT"] == "json"
+        assert gateway.environ.get("SSL_CERT_DIR") == (hashed[0] if hashed else None)
+        assert gateway.environ["LLAMA_STACK_LOG_FORMAT"] == "json"
     assert not vendors.seen
 
 
@@ -90,10 +82,7 @@ def test_started_by_hand_it_serves_the_same_and_keeps_nothing_either(vendors: Ve
 
 
 def test_listens_on_loopback_only(gateway: Gateway) -> None:
-    """Source: /proc/net/tcp, where 0100007F is 127.0.0.1 and 0A is LISTEN."""
-    port = f"{gateway.port:04X}"
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    assert [line[1] for line in lines if line[1].endswith(f":{port}") and line[3] == "0A"] == [f"0100007F:{port}"]
+    assert listening(gateway.port) == ["0100007F"]
 
 
 def test_the_settings_are_respected(vendors: Vendors, tmp_path: Path) -> None:
@@ -106,8 +95,7 @@ def test_the_settings_are_respected(vendors: Vendors, tmp_path: Path) -> None:
     }
     with Gateway(tmp_path, **settings, **vendors.environ()) as gateway:
         assert len([line for line in processes(gateway.process.pid) if "spawn_main" in " ".join(line)]) == 2
-        listening = Path("/proc/net/tcp").read_text()
-        assert f" 00000000:{gateway.port:04X} " in listening
+        assert "00000000" in listening(gateway.port)
         assert call(gateway, "anthropic/any").is_success
         redirected = {PROVIDER_DATA: json.dumps({"openai_authorization": f"Bearer {KEYS['anthropic']}"})}
         url = f"{gateway.url}/v1/chat/completions"
@@ -123,7 +111,7 @@ def test_what_the_user_has_set_stays(vendors: Vendors, tmp_path: Path) -> None:
     (tmp_path / "no-certificates").mkdir()
     own = {"LLAMA_STACK_LOG_FORMAT": "console", "SSL_CERT_DIR": str(tmp_path / "no-certificates")}
     with Gateway(tmp_path, HTTPS_PROXY=vendors.environ()["HTTPS_PROXY"], **own) as gateway:
-        assert own.items() <= environ(gateway).items()
+        assert own.items() <= gateway.environ.items()
     assert not gateway.log.startswith("{")
 
 

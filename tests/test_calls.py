@@ -1,10 +1,8 @@
 """Every call that users send gets the vendor's answer, or the vendor's error."""
 
-import time
-
 import httpx
 import pytest
-from conftest import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, chat, events, message, one_key, streamed_text, vendor_of
+from conftest import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, arrivals, chat, events, message, one_key, streamed_text, vendor_of
 from vendors import VENDORS, Vendors
 
 BOTH_FORMS = pytest.mark.parametrize("header", [lambda _: ALL_KEYS, one_key], ids=["all-keys", "one-key"])
@@ -66,11 +64,7 @@ def test_streaming_call_with_usage(client: httpx.Client, model: str) -> None:
 
 def test_tokens_arrive_as_the_vendor_sends_them(client: httpx.Client) -> None:
     """From a stand-in that takes 0.3 s a word, the words come one by one and not all at the end."""
-    arrived = []
-    with client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/slow", stream=True)) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: "):
-                arrived.append(time.monotonic())
+    arrived = arrivals(client, "openai/slow")
     assert arrived[-1] - arrived[0] > 1
 
 

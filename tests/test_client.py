@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import EMBEDDINGS, MODELS
 from gateway import PROJECT, Gateway, clean_environ, free_port
-from vendors import KEYS, Vendors
-
-ENV_FILE = {f"{vendor.upper()}_API_KEY": key for vendor, key in KEYS.items()}
+from vendors import KEY_VARIABLES, KEYS, Vendors
 
 
 @pytest.fixture
@@ -24,7 +22,7 @@ def run(tmp_path: Path, gateway: Gateway):
     """
     (tmp_path / "main.py").write_bytes((PROJECT / "main.py").read_bytes())
 
-    def run(*arguments: str, keys: dict[str, str] = ENV_FILE, port: int | str = gateway.port) -> subprocess.CompletedProcess:
+    def run(*arguments: str, keys: dict[str, str] = KEY_VARIABLES, port: int | str = gateway.port) -> subprocess.CompletedProcess:
         (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in keys.items()))
         environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(port))
         command = [sys.executable, str(tmp_path / "main.py"), *arguments]
@@ -62,7 +60,7 @@ def test_help(run) -> None:
 
 @pytest.mark.parametrize("missing", ["OPENAI_API_KEY", "GEMINI_API_KEY", "ANTHROPIC_API_KEY"])
 def test_a_missing_key_is_named_and_stops_no_other_vendor(run, missing: str) -> None:
-    ended = run(keys={name: value for name, value in ENV_FILE.items() if name != missing})
+    ended = run(keys={name: value for name, value in KEY_VARIABLES.items() if name != missing})
     assert ended.returncode == 0
     assert f"{missing} is not set" in ended.stdout
     assert "stand-in for" in ended.stdout
@@ -78,12 +76,12 @@ def test_no_key_at_all(run) -> None:
     ended = run(keys={})
     assert ended.returncode == 1
     assert ended.stdout == ""
-    assert all(name in ended.stderr for name in [*ENV_FILE, ".env.example"])
+    assert all(name in ended.stderr for name in [*KEY_VARIABLES, ".env.example"])
 
 
-@pytest.mark.parametrize("name", ENV_FILE)
+@pytest.mark.parametrize("name", KEY_VARIABLES)
 def test_a_wrong_key_is_named_and_stops_no_other_vendor(run, name: str) -> None:
-    ended = run(keys=ENV_FILE | {name: "sk-fake-wrong"})
+    ended = run(keys=KEY_VARIABLES | {name: "sk-fake-wrong"})
     assert ended.returncode == 1
     assert f"Check {name} in .env." in ended.stderr
     assert ended.stdout.count("streaming: This is a stand-in") == 5 - {"OPENAI_API_KEY": 3}.get(name, 1)
@@ -96,7 +94,7 @@ def test_a_port_that_is_none(run) -> None:
 
 
 def test_a_reader_that_leaves(gateway: Gateway, tmp_path: Path) -> None:
-    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(gateway.port), **ENV_FILE)
+    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(gateway.port), **KEY_VARIABLES)
     command = ["sh", "-c", f"{sys.executable} main.py | head -n 2"]
     ended = subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True, timeout=60, check=True)
     assert "== openai/gpt-4o" in ended.stdout
@@ -171,7 +169,7 @@ def test_a_stream_cut_short_is_a_failure_and_not_an_answer(run, model: str) -> N
 def test_tokens_are_shown_as_they_arrive(gateway: Gateway, tmp_path: Path) -> None:
     """On a terminal: the first words of a slow stream are there while the rest is still to come."""
     controller, terminal = pty.openpty()
-    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(gateway.port), **ENV_FILE)
+    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(gateway.port), **KEY_VARIABLES)
     command = [sys.executable, "main.py", "-m", "openai/slow"]
     with subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=terminal) as process:
         shown = ""

@@ -74,13 +74,19 @@ def test_every_manifest_is_valid(manifest: Path) -> None:
     run("kubernetes-validate", "--strict", str(manifest))
 
 
-def test_what_kustomize_renders_is_valid_and_carries_this_run_yaml(rendered: Path) -> None:
-    run("kubernetes-validate", "--strict", str(rendered))
-    kinds = list(yaml.safe_load_all(rendered.read_text()))
-    config = next(each for each in kinds if "run.yaml" in each.get("data", {}))
-    assert config["data"]["run.yaml"] == (PROJECT / "run.yaml").read_text()
+def pod_that_carries(file: Path, manifests: Path) -> tuple[dict, list[dict]]:
+    """The pods in rendered manifests that are valid and mount a ConfigMap of `file` as it is, and all of the objects."""
+    run("kubernetes-validate", "--strict", str(manifests))
+    kinds = list(yaml.safe_load_all(manifests.read_text()))
+    config = next(each for each in kinds if file.name in each.get("data", {}))
+    assert config["data"][file.name] == file.read_text()
     pod = next(each for each in kinds if each["kind"] == "Deployment")["spec"]["template"]["spec"]
     assert config["metadata"]["name"] in [volume.get("configMap", {}).get("name") for volume in pod["volumes"]]
+    return pod, kinds
+
+
+def test_what_kustomize_renders_is_valid_and_carries_this_run_yaml(rendered: Path) -> None:
+    pod, kinds = pod_that_carries(PROJECT / "run.yaml", rendered)
     assert pod["containers"][0]["envFrom"][0]["configMapRef"]["name"] in [each["metadata"]["name"] for each in kinds]
 
 
@@ -92,12 +98,7 @@ def test_the_egress_proxy_is_a_component(rendered: Path, tmp_path: Path) -> None
         file.write("components:\n- egress\n")
     everything = tmp_path / "all.yaml"
     everything.write_text(run(*RENDER[:-1], str(tmp_path / RENDER[-1])))
-    run("kubernetes-validate", "--strict", str(everything))
-    kinds = list(yaml.safe_load_all(everything.read_text()))
-    config = next(each for each in kinds if "haproxy.cfg" in each.get("data", {}))
-    assert config["data"]["haproxy.cfg"] == (DEPLOY / "egress/haproxy.cfg").read_text()
-    pod = next(each for each in kinds if each["kind"] == "Deployment")["spec"]["template"]["spec"]
-    assert config["metadata"]["name"] in [volume.get("configMap", {}).get("name") for volume in pod["volumes"]]
+    pod, _ = pod_that_carries(DEPLOY / "egress/haproxy.cfg", everything)
     script = (DEPLOY / "egress/serve.sh").read_text().replace("$through", "http://127.0.0.1:8322")
     for setting in pod["containers"][0]["env"]:
         assert f'{setting["name"]}="${{{setting["name"]}:-{setting["value"]}}}"' in script

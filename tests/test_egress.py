@@ -8,34 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ALL_KEYS, EMBEDDINGS, MODELS, chat, events, message, streamed_text, vendor_of
-from gateway import PROJECT, PROVIDER_DATA, Gateway, clean_environ, free_port
+from conftest import ALL_KEYS, EMBEDDINGS, MODELS, arrivals, caller, chat, events, message, streamed_text, vendor_of
+from gateway import HAPROXY, PROJECT, PROVIDER_DATA, Gateway, clean_environ, eventually, free_port, listening
 from vendors import KEYS, VENDORS, Vendors
 from wire import NameServer, Wire
 
-HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin")
 pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
 
 EGRESS = PROJECT / "deploy" / "egress"
 HOSTS = {vendor.name: host for host, vendor in VENDORS.items()}
 # Where each vendor's passthrough provider sends a chat call.
 PATHS = {vendor: f"/v1{'beta/openai/v1' if vendor == 'gemini' else ''}/chat/completions" for vendor in KEYS}
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20) -> bool:
-    """Whether `condition` comes true within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def settings(names: NameServer, port: int) -> dict[str, str]:
@@ -69,8 +58,7 @@ def server(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: py
 @pytest.fixture(scope="module")
 def client(server: Gateway) -> Iterator[httpx.Client]:
     """A caller of the gateway behind the proxy."""
-    limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, limits=limits) as client:
+    with caller(server.url, timeout=60) as client:
         yield client
 
 
@@ -78,8 +66,7 @@ def client(server: Gateway) -> Iterator[httpx.Client]:
 def proxy(server: Gateway) -> Iterator[httpx.Client]:
     """The proxy, as the gateway sees it."""
     url = f"http://127.0.0.1:{server.settings['EGRESS_PORT']}"
-    key, limits = {"Authorization": f"Bearer {KEYS['openai']}"}, httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(base_url=url, timeout=30, trust_env=False, headers=key, limits=limits) as proxy:
+    with caller(url, headers={"Authorization": f"Bearer {KEYS['openai']}"}) as proxy:
         yield proxy
 
 
@@ -116,11 +103,7 @@ def test_embeddings_work_too(client: httpx.Client, wire: Wire, model: str) -> No
 
 
 def test_tokens_arrive_as_the_vendor_sends_them(client: httpx.Client) -> None:
-    arrived = []
-    with client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/slow", stream=True)) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: "):
-                arrived.append(time.monotonic())
+    arrived = arrivals(client, "openai/slow")
     assert arrived[-1] - arrived[0] > 1
 
 
@@ -245,13 +228,6 @@ def test_it_follows_the_vendor_to_a_new_address(client: httpx.Client, wire: Wire
     assert eventually(lambda: ask(client).is_success)
 
 
-def listening(port: int) -> set[str]:
-    """The addresses on which this machine listens on `port`, in the kernel's hexadecimal."""
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:] + Path("/proc/net/tcp6").read_text().splitlines()[1:]
-    sockets = [line.split() for line in lines]
-    return {fields[1].split(":")[0] for fields in sockets if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port}
-
-
 def proxy_of(server: subprocess.Popen) -> int | None:
     """The process id of the HAProxy that `server` has started, if it runs."""
     parents = {}
@@ -268,7 +244,7 @@ def proxy_of(server: subprocess.Popen) -> int | None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_it_listens_on_loopback_only_and_holds_no_key(server: Gateway) -> None:
-    assert listening(int(server.settings["EGRESS_PORT"])) == {"0100007F"}
+    assert listening(int(server.settings["EGRESS_PORT"])) == ["0100007F"]
     environ = Path(f"/proc/{proxy_of(server.process)}/environ").read_text()
     assert "EGRESS_PORT" in environ
     assert "sk-fake" not in environ

@@ -21,8 +21,8 @@ import httpx
 import pytest
 import trustme
 import yaml
-from conftest import ALL_KEYS, MODELS, PROVIDER_DATA, RUN_YAML, Figure, chat, events, message
-from gateway import PROJECT, Gateway, free_port, processes
+from conftest import ALL_KEYS, MODELS, PROVIDER_DATA, RUN_YAML, Figure, arrivals, chat, events, message
+from gateway import SERVE, Gateway, copy_project, eventually, free_port, processes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vendors import KEYS, Vendors
@@ -75,10 +75,20 @@ class Others:
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> float:
     """The seconds until `condition` holds. Raises AssertionError after `seconds`."""
     start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "It did not come to that."
-        time.sleep(0.05)
+    assert eventually(condition, seconds), "It did not come to that."
     return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def open_stream(gateway: Gateway, model: str, prompt: str = "Hello") -> Iterator[None]:
+    """A stream of which the first line has come, and whose caller stays."""
+    with (
+        httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
+        client.stream("POST", CHAT, headers=ALL_KEYS, json=chat(model, prompt, stream=True)) as response,
+    ):
+        lines = response.iter_lines()  # Kept, because httpx hangs up when it is dropped.
+        next(lines)
+        yield
 
 
 def assert_clean(gateway: Gateway) -> None:
@@ -142,13 +152,11 @@ def unreachable(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> I
         }
         for name, url in urls.items()
     ]
-    folder = tmp_path_factory.mktemp("unreachable")
-    (folder / "deploy").mkdir()
-    (folder / "deploy/serve.sh").symlink_to(PROJECT / "deploy/serve.sh")
+    folder = copy_project(tmp_path_factory.mktemp("unreachable") / "project")
     config = RUN_YAML | {"providers": {"inference": RUN_YAML["providers"]["inference"] + more}}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     environ = vendors.environ() | {"NO_PROXY": "127.0.0.1,.invalid"}
-    with Gateway(folder / "home", ("sh", str(folder / "deploy/serve.sh")), folder, **environ) as gateway:
+    with Gateway(folder / "home", SERVE, folder, **environ) as gateway:
         yield gateway
     untrusted.close()
     not_http.close()
@@ -268,17 +276,9 @@ def test_a_vendor_that_never_answers_can_be_given_a_time(
 
 
 @pytest.mark.slow
-def test_a_chunk_every_10_seconds(gateway: Gateway, figures: list[Figure]) -> None:
-    body = chat("openai/every-10", "Hi", stream=True)
-    arrived = []
-    with (
-        Others(gateway) as others,
-        httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
-        client.stream("POST", CHAT, headers=ALL_KEYS, json=body) as response,
-    ):
-        for line in response.iter_lines():
-            if line.startswith("data: "):
-                arrived.append(time.monotonic())
+def test_a_chunk_every_10_seconds(gateway: Gateway, client: httpx.Client, figures: list[Figure]) -> None:
+    with Others(gateway) as others:
+        arrived = arrivals(client, "openai/every-10", "Hi")
     gaps = [later - sooner for sooner, later in itertools.pairwise(arrived)]
     assert len(arrived) > 10
     assert max(gaps) < 12
@@ -296,13 +296,7 @@ def test_a_caller_that_hangs_up_ends_the_vendors_stream(
     gateway: Gateway, vendors: Vendors, figures: list[Figure], model: str, when: str
 ) -> None:
     wait_for(lambda: vendors.streaming == 0)
-    body = chat(f"openai/{model}", "one two three four five six seven eight nine ten " * 10, stream=True)
-    with (
-        httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
-        client.stream("POST", CHAT, headers=ALL_KEYS, json=body) as response,
-    ):
-        lines = response.iter_lines()  # Kept, because httpx hangs up when it is dropped.
-        next(lines)
+    with open_stream(gateway, f"openai/{model}", "one two three four five six seven eight nine ten " * 10):
         assert vendors.streaming == 1
     with Others(gateway) as others:
         seconds = wait_for(lambda: vendors.streaming == 0, 60)
@@ -469,9 +463,8 @@ def test_sigkill_restart_and_sigterm(vendors: Vendors, tmp_path: Path, figures: 
     gateway = Gateway(tmp_path, **vendors.environ()).start()
     try:
         streams = [Stream(gateway, "openai/slow") for _ in range(5)]
-        (server,) = [int(pid) for pid, *line in processes(gateway.process.pid) if "run.yaml" in line and "python" in line[0]]
         start = time.monotonic()
-        os.kill(server, signal.SIGKILL)
+        os.kill(gateway.server, signal.SIGKILL)
         for stream in streams:
             stream.join(10)
             assert stream.problem
@@ -511,12 +504,7 @@ def test_sigkill_restart_and_sigterm(vendors: Vendors, tmp_path: Path, figures: 
 def test_sigterm_waits_for_a_vendor_that_never_answers(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
     """As long as the caller does."""
     with Gateway(tmp_path, **vendors.environ()) as gateway:
-        with (
-            httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
-            client.stream("POST", CHAT, headers=ALL_KEYS, json=chat("openai/stall", stream=True)) as response,
-        ):
-            lines = response.iter_lines()  # Kept, because httpx hangs up when it is dropped.
-            next(lines)
+        with open_stream(gateway, "openai/stall"):
             gateway.signal(signal.SIGTERM)
             wait_for(lambda: not gateway.answers(), 10)
             time.sleep(5)
@@ -530,12 +518,7 @@ def test_sigterm_waits_for_a_vendor_that_never_answers(vendors: Vendors, tmp_pat
 def test_a_second_ctrl_c_leaves_a_server_that_only_sigkill_ends(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
     """It skips the server's own end, and the threads of the in-memory database keep the process. It serves nobody."""
     with Gateway(tmp_path, **vendors.environ()) as gateway:
-        with (
-            httpx.Client(base_url=gateway.url, trust_env=False, timeout=30) as client,
-            client.stream("POST", CHAT, headers=ALL_KEYS, json=chat("openai/stall", stream=True)) as response,
-        ):
-            lines = response.iter_lines()  # Kept, because httpx hangs up when it is dropped.
-            next(lines)
+        with open_stream(gateway, "openai/stall"):
             for _ in range(2):
                 gateway.signal(signal.SIGINT)
                 wait_for(lambda: not gateway.answers(), 10)

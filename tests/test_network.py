@@ -6,17 +6,17 @@ import hmac
 import json
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import jwt
 import pytest
 import trustme
-from conftest import ALL_KEYS, MODELS, chat, events, message
+from conftest import ALL_KEYS, MODELS, caller, chat, events, message
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from gateway import Gateway
+from gateway import Gateway, eventually
 from services import ISSUER, Services
 from vendors import KEYS, Vendors
 
@@ -78,9 +78,7 @@ def team_gateway(vendors: Vendors, services: Services, tmp_path_factory: pytest.
 @pytest.fixture(scope="module")
 def team(team_gateway: Gateway) -> Iterator[httpx.Client]:
     """An HTTPS client for the team's gateway. A connection for each call, so that both workers are met."""
-    limits = httpx.Limits(max_keepalive_connections=0)
-    trust = {"verify": team_gateway.trust, "trust_env": False}
-    with httpx.Client(base_url=team_gateway.url, timeout=30, limits=limits, **trust) as client:
+    with caller(team_gateway.url, verify=team_gateway.trust) as client:
         yield client
 
 
@@ -88,14 +86,6 @@ def team(team_gateway: Gateway) -> Iterator[httpx.Client]:
 def token(services: Services) -> dict[str, str]:
     """The header of a caller who may use the gateway."""
     return {"Authorization": f"Bearer {services.token()}"}
-
-
-def wait_for(find: Callable[[], object], seconds: float = 15) -> object:
-    """What `find` returns as soon as that is true, or at last after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (found := find()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
 
 
 def test_listens_on_the_host_that_is_set_and_there_alone(team_gateway: Gateway, team: httpx.Client) -> None:
@@ -217,7 +207,7 @@ def test_metrics_reach_the_collector(team: httpx.Client, services: Services, tok
         team.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0], PROMPT))
         team.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0], PROMPT, stream=True))
     wanted = "llama_stack.inference.time_to_first_token_seconds"
-    wait_for(lambda: any(point["value"] >= 1 for point in services.metrics().get(wanted, [])))
+    eventually(lambda: any(point["value"] >= 1 for point in services.metrics().get(wanted, [])), 15)
     metrics = services.metrics()
     served = {"method": "openai_chat_completion", "status_code": "200"}.items()
     assert max(point["value"] for point in metrics["llama_stack.requests_total"] if served <= point.items()) > 1
@@ -231,7 +221,7 @@ def test_metrics_reach_the_collector(team: httpx.Client, services: Services, tok
 
 def test_traces_reach_the_collector(team: httpx.Client, services: Services, token: dict[str, str]) -> None:
     team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(MODELS[0], PROMPT))
-    assert wait_for(lambda: [span for span in services.spans() if span.get("http.route") == "/v1/chat/completions"])
+    assert eventually(lambda: [span for span in services.spans() if span.get("http.route") == "/v1/chat/completions"], 15)
 
 
 def test_telemetry_and_log_hold_no_key_token_or_prompt(
@@ -241,7 +231,7 @@ def test_telemetry_and_log_hold_no_key_token_or_prompt(
     team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat("openai/status-500", PROMPT))
     team.post("/v1/chat/completions", headers={"Authorization": "Bearer " + KEYS["openai"]}, json=chat(MODELS[0], PROMPT))
     before = len(services.received)
-    wait_for(lambda: len({path for path, _ in services.received[before + 2 :]}) == 2)
+    eventually(lambda: len({path for path, _ in services.received[before + 2 :]}) == 2, 15)
     exported = b"".join(body for _, body in services.received)
     for secret in (*KEYS.values(), token["Authorization"].split(".")[0], PROMPT):
         assert secret.encode() not in exported

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import trustme
 from conftest import ALL_KEYS, EMBEDDINGS, MODELS, chat, events, vendor_of
-from gateway import PROJECT, PROVIDER_DATA, Gateway
+from gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
 from services import ISSUER, Services
 from vendors import KEYS, Vendors
 
@@ -21,7 +21,6 @@ from vendors import KEYS, Vendors
 RENAMED = {"LLAMA_STACK_LOG_FORMAT": "OGX_LOG_FORMAT", "llama stack run run.yaml": "ogx run run.yaml"}
 KEYS_FOR_OGX = {"X-OGX-Provider-Data": ALL_KEYS[PROVIDER_DATA]}
 PAGE = "https://chat.example.com"
-COMMAND = ("sh", "deploy/serve.sh")
 
 
 def path(ogx: Path) -> str:
@@ -51,13 +50,10 @@ def ogx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "Failed to fetch" in done.stderr:
         pytest.skip(f"OGX is not in uv's cache and cannot be fetched: {done.stderr}")
     assert done.returncode == 0, done.stderr
-    (folder / "deploy").mkdir()
-    (folder / "run.yaml").write_bytes((PROJECT / "run.yaml").read_bytes())
-    script = (PROJECT / "deploy/serve.sh").read_text()
+    serve = copy_project(folder) / "deploy/serve.sh"
     for old, new in RENAMED.items():
-        assert old in script
-        script = script.replace(old, new)
-    (folder / "deploy/serve.sh").write_text(script)
+        assert old in serve.read_text()
+        serve.write_text(serve.read_text().replace(old, new))
     return folder
 
 
@@ -73,10 +69,9 @@ def gateway(ogx: Path, vendors: Vendors, services: Services) -> Iterator[Gateway
     authority = trustme.CA()
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(ogx / "tls.pem")
     tls = {f"LLAMA_STACK_TLS_{half}FILE": str(ogx / "tls.pem") for half in ("CERT", "KEY")}
-    settings = tls | {"SQLITE_STORE_DIR": str(ogx / "store"), "LLAMA_STACK_CORS_ORIGIN": PAGE} | vendors.environ()
     settings = tls | {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER, "LLAMA_STACK_CORS_ORIGIN": PAGE}
     settings |= {"PATH": path(ogx), "SQLITE_STORE_DIR": str(ogx / "store")}
-    gateway = Gateway(ogx / "home", COMMAND, ogx, **settings, **vendors.environ())
+    gateway = Gateway(ogx / "home", SERVE, ogx, **settings, **vendors.environ())
     gateway.trust = ssl.create_default_context()
     authority.configure_trust(gateway.trust)
     with gateway:
@@ -142,6 +137,6 @@ def test_keeps_nothing_and_refuses_the_same_routes(client: httpx.Client, gateway
 def test_asks_for_tls_and_takes_over_the_home_of_llama_stack(ogx: Path, vendors: Vendors, tmp_path: Path) -> None:
     """Without a certificate it wants to be told `--insecure`. It moves ~/.llama, so the store has to be elsewhere."""
     with pytest.raises(RuntimeError, match="TLS required: set tls_certfile/tls_keyfile"):
-        Gateway(tmp_path, COMMAND, ogx, PATH=path(ogx), **vendors.environ()).start()
+        Gateway(tmp_path, SERVE, ogx, PATH=path(ogx), **vendors.environ()).start()
     assert not (tmp_path / ".llama").exists()
     assert (tmp_path / ".ogx/distributions/lls-openai/keeps-nothing.db").exists()

@@ -4,13 +4,12 @@ import os
 import re
 import signal
 import subprocess
-import time
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from gateway import PROJECT, clean_environ
+from gateway import PROJECT, clean_environ, eventually
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
 
@@ -66,19 +65,20 @@ def test_demo_leaves_nothing_running_when_it_is_interrupted(tmp_path: Path, numb
         ["make", "demo"], cwd=PROJECT, env=clean_environ(tmp_path), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert "Stand-ins answer here" in demo.stdout.readline()
-    deadline = time.monotonic() + 30
-    while not (started := [pid for pid in descendants(demo.pid) if "run.yaml" in Path(f"/proc/{pid}/cmdline").read_text()]):
-        assert time.monotonic() < deadline, "the demo did not start a gateway"
-        time.sleep(0.1)
+
+    def arguments(pid: int) -> str:
+        """Those of a process, or nothing once it has ended."""
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            return ""
+
+    gateway_runs = eventually(lambda: any("run.yaml" in arguments(pid) for pid in descendants(demo.pid)), 30)
+    assert gateway_runs, "the demo did not start a gateway"
     started = descendants(demo.pid)
     if number == signal.SIGINT:  # Ctrl-C reaches the whole process group of the terminal,
         os.killpg(demo.pid, number)
     else:  # and kill one process.
         demo.send_signal(number)
     assert demo.wait(30) != 0
-    deadline = time.monotonic() + 30
-    while living := [
-        pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()
-    ]:
-        assert time.monotonic() < deadline, f"still running: {living}"
-        time.sleep(0.1)
+    assert eventually(lambda: not any(map(arguments, started)), 30), f"still running: {list(filter(arguments, started))}"

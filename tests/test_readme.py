@@ -4,15 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 from conftest import MODELS, RUN_YAML, vendor_of
-from gateway import PROJECT, Gateway, clean_environ
-from vendors import KEYS, VENDORS, Vendors
+from gateway import PROJECT, Gateway, clean_environ, eventually, listening
+from vendors import KEY_VARIABLES, VENDORS, Vendors
 
 README = (PROJECT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -31,15 +29,8 @@ def is_server(block: str) -> bool:
 
 def wait_for_port() -> None:
     """Wait until nothing listens on the README's port. Fails after a minute, because the blocks can then not be run as written."""
-    for _ in range(60):
-        try:
-            httpx.get(f"http://127.0.0.1:{PORT}", trust_env=False)
-        except httpx.ConnectError:
-            return
-        except httpx.HTTPError:
-            pass
-        time.sleep(1)
-    pytest.fail(f"Something listens on port {PORT}, which the README's examples use. Stop it, and run the tests again.")
+    if not eventually(lambda: not listening(PORT), 60):
+        pytest.fail(f"Something listens on port {PORT}, which the README's examples use. Stop it, and run the tests again.")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +58,7 @@ def test_every_block_runs_as_written(copy: Path, vendors: Vendors, tmp_path: Pat
                 # This suite is what `make test` runs.
                 script += "\n".join(line for line in block.splitlines() if not line.startswith("make test")) + "\n"
                 if ".env.example" in block:
-                    script += "".join(f"sed -i 's/^{name.upper()}_API_KEY=$/&{key}/' .env\n" for name, key in KEYS.items())
+                    script += "".join(f"sed -i 's/^{name}=$/&{key}/' .env\n" for name, key in KEY_VARIABLES.items())
                 continue
             ended = subprocess.run(
                 ["bash", "-c", script],
@@ -98,10 +89,9 @@ def test_every_block_runs_as_written(copy: Path, vendors: Vendors, tmp_path: Pat
 
 def run_python(copy: Path, home: Path) -> None:
     """Run the README's Python blocks, in order and as one program."""
-    keys = {f"{name.upper()}_API_KEY": key for name, key in KEYS.items()}
     program = [sys.executable, "-c", "\n".join(blocks("python"))]
     ended = subprocess.run(
-        program, cwd=copy, env=clean_environ(home, **keys), capture_output=True, text=True, timeout=120, check=False
+        program, cwd=copy, env=clean_environ(home, **KEY_VARIABLES), capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.returncode == 0, ended.stderr
     for vendor in VENDORS.values():

@@ -19,24 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import certifi
 import httpx
-from conftest import ALL_KEYS, MODELS, chat
-from gateway import PROJECT, PROVIDER_DATA, Gateway, processes
+from conftest import ALL_KEYS, MALFORMED, MODELS, SECRET, WRONG_KEY, caller, chat
+from gateway import BY_HAND, PROJECT, PROVIDER_DATA, SERVE, Gateway, copy_project, listening
 from vendors import Vendors
 
 TABLE = Path(__file__).with_suffix(".md")
-SERVE = ("deploy/serve.sh",)
-BY_HAND = ("llama", "stack", "run", "run.yaml")
 PROMPT = "word " * 800  # 4 KB
 LONG_PROMPT = PROMPT * 16  # 64 KB, so that keeping it shows beside what a process grows by anyway.
-SECRET = "sk-fake-hidden"
-WRONG_KEY = {PROVIDER_DATA: json.dumps({"openai_authorization": "Bearer sk-fake-wrong"})}
 
 # In every environment, undone or not: what a server's own environment might hold.
 OF_THE_SERVER = {
@@ -79,10 +75,7 @@ class Bench:
 
     def project(self, *edits: Edit) -> Path:
         """A copy of the files that a server needs, with `edits` made. Raises ValueError if there is nothing to undo."""
-        copy = Path(tempfile.mkdtemp(dir=self.folder)) / "project"
-        (copy / "deploy").mkdir(parents=True)
-        for name in ("run.yaml", "deploy/serve.sh"):
-            shutil.copy(PROJECT / name, copy / name)
+        copy = copy_project(Path(tempfile.mkdtemp(dir=self.folder)) / "project")
         for name, old, new in edits:
             text = (copy / name).read_text()
             if old not in text:
@@ -95,13 +88,16 @@ class Bench:
         copy = self.project(*edits)
         return Gateway(copy.parent / "home", command, copy, **self.vendors.environ() | OF_THE_SERVER | settings)
 
+    def compare(self, does: str, trap: str, measure: Callable[[Gateway], str], *edits: Edit, **settings: str) -> Row:
+        """The row of a trap that `measure` shows on a running gateway: with `edits` made, and as it ships."""
+        with self.gateway(*edits, **settings) as gateway:
+            without = measure(gateway)
+        return Row(does, trap, without, measure(self.shipped))
 
-@contextlib.contextmanager
-def caller(gateway: Gateway, keep_alive: bool = False) -> Iterator[httpx.Client]:
-    """An HTTP client of the gateway, with a connection for each call unless `keep_alive`."""
-    limits = httpx.Limits(max_keepalive_connections=None if keep_alive else 0)
-    with httpx.Client(base_url=gateway.url, timeout=300, trust_env=False, limits=limits) as client:
-        yield client
+
+def patient(gateway: Gateway, **settings: Any) -> httpx.Client:
+    """A caller who also waits for a server that is busy printing tracebacks."""
+    return caller(gateway.url, timeout=300, **settings)
 
 
 def ask(client: httpx.Client, model: str = MODELS[0], header: dict[str, str] = ALL_KEYS, prompt: str = "Hello") -> httpx.Response:
@@ -111,14 +107,14 @@ def ask(client: httpx.Client, model: str = MODELS[0], header: dict[str, str] = A
 
 def ask_many(gateway: Gateway, count: int, callers: int = 1, prompt: str = PROMPT) -> int:
     """Make `count` chat calls from `callers` callers at a time. Returns how many failed."""
-    with caller(gateway) as client, ThreadPoolExecutor(callers) as pool:
+    with patient(gateway) as client, ThreadPoolExecutor(callers) as pool:
         return sum(not answer.is_success for answer in pool.map(lambda _: ask(client, prompt=prompt), range(count)))
 
 
 def readable(gateway: Gateway) -> int:
     """How many chats somebody without any key can read: none from a server that has no database, whose answer is an error."""
     time.sleep(1)  # The server inserts after it has answered.
-    with caller(gateway) as client:
+    with patient(gateway) as client:
         return len(client.get("/v1/chat/completions", params={"limit": 10_000}).json().get("data", []))
 
 
@@ -130,46 +126,24 @@ def on_disk(gateway: Gateway) -> int:
     return sum(path.stat().st_size for path in gateway.home.rglob("*.db*"))
 
 
-def of_processes(gateway: Gateway, name: str) -> list[list[str]]:
-    """The fields of /proc/PID/`name` for each process of a gateway."""
-    texts = [Path(f"/proc/{pid}/{name}").read_text() for pid, *_ in processes(gateway.process.pid)]
-    return [text.rpartition(") ")[2].split() for text in texts]
-
-
-def memory(gateway: Gateway) -> float:
-    """Resident memory of the largest process, in KB. Source: proc(5), statm, in pages."""
-    return max(int(fields[1]) for fields in of_processes(gateway, "statm")) * os.sysconf("SC_PAGE_SIZE") / 1000
-
-
-def cpu(gateway: Gateway) -> float:
-    """CPU time of all processes so far, in ms. Source: proc(5), stat, utime and stime, in ticks, counted after the name."""
-    ticks = sum(int(fields[11]) + int(fields[12]) for fields in of_processes(gateway, "stat"))
-    return ticks * 1000 / os.sysconf("SC_CLK_TCK")
-
-
 # 2. The traps: what callers send is kept.
 
 
 def kept_chats(bench: Bench) -> Row:
     """The stock table instead of the view."""
     count = 200
-    table = bench.gateway(
-        Edit("run.yaml", "mode=rw&", "mode=rwc&"),
-        Edit("deploy/serve.sh", 'python -m sqlite3 "$SQLITE_STORE_DIR/keeps-nothing.db" "$statement"', ":"),
-    )
 
     def measure(gateway: Gateway) -> str:
         readable(gateway)  # The first use makes the table, and chats that come meanwhile are lost.
         ask_many(gateway, count)
         return f"{readable(gateway)} of {count} chats readable by anyone, {on_disk(gateway) / count / 1000:.0f} KB a chat on disk"
 
-    with table:
-        without = measure(table)
-    return Row(
+    return bench.compare(
         "a view that keeps nothing, in place of the server's table of chats",
         "every chat is kept, and `GET /v1/chat/completions` hands it to any caller (4 KB prompts)",
-        without,
-        measure(bench.shipped),
+        measure,
+        Edit("run.yaml", "mode=rw&", "mode=rwc&"),
+        Edit("deploy/serve.sh", 'python -m sqlite3 "$SQLITE_STORE_DIR/keeps-nothing.db" "$statement"', ":"),
     )
 
 
@@ -181,22 +155,21 @@ def memory_store(bench: Bench) -> Row:
     def measure(gateway: Gateway) -> str:
         readable(gateway)  # As above: else the table may never be made.
         ask_many(gateway, warm_up, prompt=LONG_PROMPT)
-        before = memory(gateway)
+        before = gateway.resident()
         ask_many(gateway, count, prompt=LONG_PROMPT)
-        grown = (memory(gateway) - before) / count
+        grown = (gateway.resident() - before) / count / 1000
         alone = readable(gateway)
         failed = ask_many(gateway, count, callers=8)
         kept = readable(gateway) - alone
         return f"{grown:.0f} KB more memory a chat; at 8 callers {kept} of {count} chats kept, {failed} calls fail"
 
-    # deploy/serve.sh reads the default of SQLITE_STORE_DIR in the line that goes.
-    with bench.gateway(Edit("run.yaml", backend, '":memory:"'), SQLITE_STORE_DIR=str(bench.folder / "unused")) as gateway:
-        without = measure(gateway)
-    return Row(
+    return bench.compare(
         "that view, rather than `:memory:` for the sql backend",
         "chats are kept in memory, but for those that its one connection loses under concurrent callers (64 KB prompts)",
-        without,
-        measure(bench.shipped),
+        measure,
+        Edit("run.yaml", backend, '":memory:"'),
+        # deploy/serve.sh reads the default in the line that goes.
+        SQLITE_STORE_DIR=str(bench.folder / "unused"),
     )
 
 
@@ -226,54 +199,34 @@ def by_hand(bench: Bench) -> Row:
     )
 
 
-def malformed_calls(client: httpx.Client) -> int:
-    """Make calls that the server complains about in its log, with SECRET in each. Returns how many."""
-    bodies: list[dict] = [
-        {"model": MODELS[0], "messages": SECRET},
-        chat(MODELS[0], temperature=SECRET),
-        chat(MODELS[0], tools=[{"type": SECRET}]),
-        chat(MODELS[0], **{SECRET: 1}),
-        chat(SECRET),
-    ]
-    headers = [SECRET, json.dumps({"passthrough_api_key": [SECRET]}), json.dumps({"passthrough_url": SECRET})]
-    calls = [{"json": body, "headers": ALL_KEYS} for body in bodies]
-    calls += [{"json": chat(MODELS[0]), "headers": {PROVIDER_DATA: header}} for header in headers]
-    for call in calls:
-        client.post("/v1/chat/completions", **call)
-    time.sleep(1)
-    return len(calls)
-
-
 def logged(gateway: Gateway) -> str:
     """How much of malformed calls is to be found in the log."""
-    with caller(gateway) as client:
-        before = len(gateway.log)
-        count = malformed_calls(client)
+    before = len(gateway.log)
+    with patient(gateway) as client:
+        for call in MALFORMED:
+            client.post("/v1/chat/completions", **call)
+    time.sleep(1)
     lines = gateway.log[before:].splitlines()
-    return f"{sum(SECRET in line for line in lines)} of {len(lines)} log lines quote it ({count} calls)"
+    return f"{sum(SECRET in line for line in lines)} of {len(lines)} log lines quote it ({len(MALFORMED)} calls)"
 
 
 def log_level(bench: Bench) -> Row:
     """The server's own loggers at their usual level."""
-    with bench.gateway(Edit("run.yaml", "all: critical", "all: info")) as gateway:
-        without = logged(gateway)
-    return Row(
+    return bench.compare(
         "`logging_config: all: critical`",
         "the server's loggers quote what a malformed call holds",
-        without,
-        logged(bench.shipped),
+        logged,
+        Edit("run.yaml", "all: critical", "all: info"),
     )
 
 
 def log_filter(bench: Bench) -> Row:
     """The server's tracebacks, unfiltered."""
-    with bench.gateway(Edit("deploy/serve.sh", 'if [ "$LLAMA_STACK_LOG_FORMAT" = json ]', "if false")) as gateway:
-        without = logged(gateway)
-    return Row(
+    return bench.compare(
         "the filter behind the server's log",
         "tracebacks quote what a malformed call holds",
-        without,
-        logged(bench.shipped),
+        logged,
+        Edit("deploy/serve.sh", 'if [ "$LLAMA_STACK_LOG_FORMAT" = json ]', "if false"),
     )
 
 
@@ -287,7 +240,7 @@ def other_routes(bench: Bench) -> Row:
 
     def measure(gateway: Gateway) -> str:
         prompt = {"prompt": f"Remember {SECRET}", "variables": []}
-        with caller(gateway) as client:
+        with patient(gateway) as client:
             paths = client.get("/openapi.json").json()["paths"]
             routes = [(verb.upper(), path) for path, verbs in paths.items() for verb in verbs]
             answers = [client.request(verb, re.sub(r"\{.*?\}", "x", path), json={}).status_code for verb, path in routes]
@@ -297,28 +250,23 @@ def other_routes(bench: Bench) -> Row:
             f"{sum(code != 403 for code in answers)} of {len(routes)} routes open, {kept} of 1 stored prompt readable by another"
         )
 
-    with bench.gateway(Edit("run.yaml", policy, "")) as gateway:
-        without = measure(gateway)
-    return Row(
+    return bench.compare(
         "`route_policy`: what is not listed is refused",
         "prompts, conversations, connectors and admin are open, and keep what they are sent",
-        without,
-        measure(bench.shipped),
+        measure,
+        Edit("run.yaml", policy, ""),
     )
 
 
 def every_interface(bench: Bench) -> Row:
-    """Source: proc(5), /proc/net/tcp: address and port in hexadecimal, 0A is LISTEN."""
+    """The addresses of the listening sockets."""
 
     def measure(gateway: Gateway) -> str:
-        lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
-        bound = [line.split()[1] for line in lines if f":{gateway.port:04X} 0" in line and " 0A " in line]
         names = {"0100007F": "127.0.0.1", "00000000": "0.0.0.0 (every interface)", "0" * 32: ":: (every interface)"}
-        return "listens on " + ", ".join(names.get(address, address) for address in (each.split(":")[0] for each in bound))
+        return "listens on " + ", ".join(names.get(address, address) for address in listening(gateway.port))
 
-    with bench.gateway(Edit("run.yaml", "  host: ${env.LLAMA_STACK_HOST:=127.0.0.1}\n", "")) as gateway:
-        without = measure(gateway)
-    return Row("`server.host`", "the server listens on every interface", without, measure(bench.shipped))
+    host = Edit("run.yaml", "  host: ${env.LLAMA_STACK_HOST:=127.0.0.1}\n", "")
+    return bench.compare("`server.host`", "the server listens on every interface", measure, host)
 
 
 def server_organization(bench: Bench) -> Row:
@@ -326,19 +274,17 @@ def server_organization(bench: Bench) -> Row:
 
     def measure(gateway: Gateway) -> str:
         bench.vendors.seen.clear()
-        with caller(gateway) as client:
+        with patient(gateway) as client:
             for model in [*MODELS, "gemini-native/gemini-2.5-flash"]:
                 ask(client, model).raise_for_status()
         told = sorted({call.vendor for call in bench.vendors.seen if call.headers.get("openai-organization")})
         return f"sent to {', '.join(told) or 'nobody'}"
 
-    with bench.gateway(Edit("deploy/serve.sh", " OPENAI_ORG_ID OPENAI_PROJECT_ID", "")) as gateway:
-        without = measure(gateway)
-    return Row(
+    return bench.compare(
         "no `OPENAI_ORG_ID` and `OPENAI_PROJECT_ID` from the server's environment",
         "they go out with every caller's call, to every vendor",
-        without,
-        measure(bench.shipped),
+        measure,
+        Edit("deploy/serve.sh", " OPENAI_ORG_ID OPENAI_PROJECT_ID", ""),
     )
 
 
@@ -354,20 +300,18 @@ def console_logs(bench: Bench) -> Row:
         return time.monotonic() - start
 
     def measure(gateway: Gateway) -> str:
-        with caller(gateway) as client, ThreadPoolExecutor(1) as other:
+        with patient(gateway) as client, ThreadPoolExecutor(1) as other:
             alone = statistics.median(seconds(client, WRONG_KEY) for _ in range(3))
             other.submit(seconds, client, WRONG_KEY)
             time.sleep(0.1)
             beside = seconds(client, ALL_KEYS)
         return f"a wrong key takes {alone:.2f} s, a good call beside one {beside:.2f} s"
 
-    with bench.gateway(Edit("deploy/serve.sh", "LLAMA_STACK_LOG_FORMAT:-json", "LLAMA_STACK_LOG_FORMAT:-console")) as gateway:
-        without = measure(gateway)
-    return Row(
+    return bench.compare(
         "`LLAMA_STACK_LOG_FORMAT=json`",
         "every error is rendered as a rich traceback, and nobody is served meanwhile",
-        without,
-        measure(bench.shipped),
+        measure,
+        Edit("deploy/serve.sh", "LLAMA_STACK_LOG_FORMAT:-json", "LLAMA_STACK_LOG_FORMAT:-console"),
     )
 
 
@@ -389,11 +333,11 @@ def hashed_cas(bench: Bench) -> Row:
         # As on a user's machine: serve.sh chooses, so the variable that leads to the stand-ins' CA has to go.
         with gateway:
             ask_many(gateway, 20, prompt="Hello")
-            before, start = cpu(gateway), time.monotonic()
+            before, start = gateway.cpu(), time.monotonic()
             if failed := ask_many(gateway, count, prompt="Hello"):
                 raise RuntimeError(f"{failed} of {count} calls failed")
-            spent, took = cpu(gateway) - before, time.monotonic() - start
-        return f"{spent / count:.1f} ms of CPU a call, {count / took:.0f} calls/s from one caller"
+            spent, took = gateway.cpu() - before, time.monotonic() - start
+        return f"{spent * 1000 / count:.1f} ms of CPU a call, {count / took:.0f} calls/s from one caller"
 
     return Row(
         "`SSL_CERT_DIR`, a directory of hashed CAs",
@@ -421,7 +365,7 @@ def old_models(bench: Bench) -> Row:
         with gateway:
             pass
         run_yaml.write_text(config.replace(entry[0], ""))
-        with gateway, caller(gateway) as client:
+        with gateway, patient(gateway) as client:
             listed = removed in [model["id"] for model in client.get("/v1/models").json()["data"]]
         run_yaml.write_text(config.replace(*renamed))
         try:
@@ -470,7 +414,7 @@ def first_call(bench: Bench, environment: Path) -> str:
     path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
     gateway = bench.gateway(PATH=path)
     try:
-        with gateway, caller(gateway) as client:
+        with gateway, patient(gateway) as client:
             return f"a call answers {ask(client).status_code}"
     except RuntimeError:
         errors = re.findall(r"^(?:\w+\.)*\w*Error: .*", gateway.log, re.MULTILINE)
@@ -519,7 +463,7 @@ def gemini_embeddings(bench: Bench) -> Row:
     """The same model through passthrough and through the native provider."""
 
     def measure(model: str) -> str:
-        with caller(bench.shipped) as client:
+        with patient(bench.shipped) as client:
             answer = client.post("/v1/embeddings", headers=ALL_KEYS, json={"model": model, "input": "a text"})
         words = "" if answer.is_success else f": {answer.json()['error']['message']}"
         return f"{answer.status_code}{words}"
@@ -537,8 +481,8 @@ def silent_close(bench: Bench) -> Row:
     count = 100
 
     def measure(keep_alive: bool) -> str:
-        lost = 0
-        with caller(bench.shipped, keep_alive) as client:
+        lost, limits = 0, httpx.Limits(max_keepalive_connections=None if keep_alive else 0)
+        with patient(bench.shipped, limits=limits) as client:
             for _ in range(count):
                 ask(client, "openai/status-429")
                 try:
@@ -559,7 +503,7 @@ def list_header(bench: Bench) -> Row:
     """A header that is JSON but no object."""
 
     def measure(header: str) -> str:
-        with caller(bench.shipped) as client:
+        with patient(bench.shipped) as client:
             answer = ask(client, header={PROVIDER_DATA: header})
         return str(answer.status_code)
 

@@ -92,6 +92,9 @@ VENDORS = {
 }
 KEYS = {vendor.name: vendor.key for vendor in VENDORS.values()}
 
+# The keys as clients find them in .env.
+KEY_VARIABLES = {f"{name.upper()}_API_KEY": key for name, key in KEYS.items()}
+
 
 class Seen(NamedTuple):
     """One request as it arrived at a vendor."""
@@ -135,19 +138,18 @@ def vector(text: str, dimensions: int = 8) -> list[float]:
     return [((sum(text.encode()) * (i + 1)) % 97) / 97 for i in range(dimensions)]
 
 
-def deltas(vendor: Vendor, model: str, prompt: str) -> Iterator[dict]:
-    """The pieces of a streamed answer: words, or those of a tool call."""
+def deltas(model: str, reply: str) -> Iterator[dict]:
+    """The pieces in which `reply` is streamed: words, or those of a tool call."""
     if model == "tool-call":
         function = TOOL_CALL["function"]
         yield {"tool_calls": [TOOL_CALL | {"index": 0, "function": function | {"arguments": ""}}]}
         for piece in function["arguments"].partition(" "):
             yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
     elif model.startswith("big-"):
-        text = answer_text(vendor, model, prompt)
-        for start in range(0, len(text), 10_000):
-            yield {"content": text[start : start + 10_000]}
+        for start in range(0, len(reply), 10_000):
+            yield {"content": reply[start : start + 10_000]}
     else:
-        for i, word in enumerate(answer_text(vendor, model, prompt).split(" ")):
+        for i, word in enumerate(reply.split(" ")):
             yield {"content": word if i == 0 else f" {word}"}
 
 
@@ -163,7 +165,7 @@ async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIt
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
     yield event({"role": "assistant", "content": ""})
-    pieces = list(deltas(vendor, model, prompt))
+    pieces = list(deltas(model, reply))
     for i, piece in enumerate(pieces):
         if i == 3:
             if model == "hang-up":
@@ -278,7 +280,28 @@ def answer_embeddings(vendor: Vendor, body: dict) -> Response:
     return JSONResponse(answer)
 
 
-class Vendors:
+class InBackground:
+    """A context manager that runs the coroutine `serve` in a thread. It sets `ready`, and ends when `stop` is set."""
+
+    def __enter__(self) -> Self:
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=asyncio.run, args=(self.run(),), daemon=True)
+        self.thread.start()
+        if not self.ready.wait(10):
+            raise RuntimeError(f"{type(self).__name__} did not start within 10 seconds.")
+        return self
+
+    async def run(self) -> None:
+        """Serve, in a loop that `stop` and other threads' calls belong to."""
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        await self.serve()
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join(10)
+
+
+class Vendors(InBackground):
     """The running stand-ins, as a context manager.
 
     `seen` holds the last requests in order of arrival, `strangers` the other hostnames that were asked for, `streaming` the
@@ -351,7 +374,6 @@ class Vendors:
 
     async def serve(self) -> None:
         """Run the TLS server and the proxy until `stop` is set."""
-        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
         app = Starlette(routes=[Route("/{path:path}", self.answer, methods=["GET", "POST"])])
         settings = {"lifespan": "off", "log_level": "critical", "backlog": 4096}
         server = uvicorn.Server(uvicorn.Config(app, port=0, ssl_certfile=self.certificate_file, **settings))
@@ -374,16 +396,10 @@ class Vendors:
         authority.cert_pem.write_to_path(self.ca_file)
         self.certificate_file = Path(self.folder.name, "stand-in.pem")
         authority.issue_cert(*self.hosts).private_key_and_cert_chain_pem.write_to_path(self.certificate_file)
-        self.ready = threading.Event()
-        self.thread = threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True)
-        self.thread.start()
-        if not self.ready.wait(10):
-            raise RuntimeError("The stand-in vendors did not start within 10 seconds.")
-        return self
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self.stop.set)
-        self.thread.join(10)
+        super().__exit__()
         self.folder.cleanup()
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Self
 
-from vendors import pump
+from vendors import InBackground, pump
 
 
 class NameServer:
@@ -44,7 +44,7 @@ class NameServer:
         self.server.server_close()
 
 
-class Wire:
+class Wire(InBackground):
     """A TCP relay from `address` to `target`, a port on 127.0.0.1. A context manager.
 
     `opened` counts the connections that were ever opened, `alive` those that are open. `fault` is what happens once, to the
@@ -65,11 +65,11 @@ class Wire:
 
     def down(self) -> None:
         """Close every connection and refuse new ones, as a vendor that stops does."""
-        self.run(self._down())
+        self.wait_for(self._down())
 
     def up(self) -> None:
         """Accept connections again, on the same port."""
-        self.run(self._up())
+        self.wait_for(self._up())
 
     async def _down(self) -> None:
         self.server.close()
@@ -104,26 +104,13 @@ class Wire:
         writer.close()
         self.writers.discard(writer)
 
-    def run(self, work: Coroutine) -> None:
+    def wait_for(self, work: Coroutine) -> None:
         """Run a coroutine in the relay's thread and wait for it."""
         asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
 
     async def serve(self) -> None:
         """Relay until `stop` is set."""
-        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
         await self._up()
         self.ready.set()
         await self.stop.wait()
         await self._down()
-
-    def __enter__(self) -> Self:
-        self.ready = threading.Event()
-        self.thread = threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True)
-        self.thread.start()
-        if not self.ready.wait(10):
-            raise RuntimeError("The wire to the vendors did not open within 10 seconds.")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self.stop.set)
-        self.thread.join(10)

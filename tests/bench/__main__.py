@@ -9,8 +9,6 @@ import http.client
 import json
 import os
 import platform
-import shutil
-import signal
 import ssl
 import statistics
 import subprocess
@@ -286,12 +284,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=3, help="how long each step lasts")
     parser.add_argument("--only", nargs="*", choices=peers.MAKERS, default=[], metavar="NAME", help=" ".join(peers.MAKERS))
     options = parser.parse_args()
-    if not sys.platform.startswith("linux"):
-        sys.exit("make bench needs Linux: it weighs processes by what /proc says of them.")
-    os.environ["PATH"] += os.pathsep + "/usr/sbin"
-    if missing := [command for command in ("wrk", "nginx", "openssl") if not shutil.which(command)]:
-        sys.exit(f"make bench needs {' and '.join(missing)}: sudo apt-get install {' '.join(missing)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))
+    peers.prepare("bench")
 
     # A quick look does not replace the results of a whole run.
     whole = options.rounds >= 3 and options.seconds >= 3 and not options.only

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,16 @@ from .upstream import GOOD_KEY, WRONG_KEY, Upstream
 CACHE = PROJECT / ".bench"
 
 
+def prepare(target: str) -> None:
+    """See that this machine can run `make {target}`, and have a SIGTERM end it as Ctrl-C does. Exits with a sentence if not."""
+    if not sys.platform.startswith("linux"):
+        sys.exit(f"make {target} needs Linux: it weighs processes by what /proc says of them.")
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    if missing := [command for command in ("wrk", "nginx", "openssl") if not shutil.which(command)]:
+        sys.exit(f"make {target} needs {' and '.join(missing)}: sudo apt-get install {' '.join(missing)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))
+
+
 class Skipped(Exception):
     """A contender that cannot take part, and why, in a sentence."""
 
@@ -32,8 +43,6 @@ class Server(Gateway):
     """A contender's process, and what it says it is healthy at."""
 
     def __init__(self, home: Path, command: tuple, health: str = "/v1/health", cwd: Path = PROJECT, **settings: str) -> None:
-        # Python's compiled modules are kept, as they are for everyone who starts a server twice.
-        settings = {"PYTHONDONTWRITEBYTECODE": ""} | settings
         super().__init__(home, tuple(map(str, command)), cwd, **settings)
         self.health = health
 
@@ -47,17 +56,6 @@ class Server(Gateway):
                 continue
             total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         return total / 1000
-
-    def cpu(self) -> float:
-        """The seconds of CPU that its processes have used so far. Source: /proc/PID/stat."""
-        ticks = 0
-        for pid, *_ in processes(self.process.pid):
-            try:
-                values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            ticks += int(values[11]) + int(values[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass

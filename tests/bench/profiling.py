@@ -4,15 +4,12 @@ py-spy (installed into `.bench/`) samples one worker while wrk, or 50 streams, k
 holds Python's lock, or runs native code without it; each counts for the first line of `PARTS` that its stack matches.
 """
 
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
-
-from gateway import processes
 
 from . import peers
 from .load import Call, result, stream, wrk
@@ -36,10 +33,24 @@ def sample(server: peers.Server, call: Call, kind: str, folder: Path) -> list[tu
 
     Raises RuntimeError with py-spy's own words where it may not look into other processes.
     """
-    (pid,) = [pid for pid, *line in processes(server.process.pid) if "run.yaml" in line and "python" in line[0]]
     out = folder / f"{kind}.txt"
     spy = peers.environment("py-spy", "py-spy") / "bin/py-spy"
-    record = [spy, "record", "--gil", "--full-filenames", "-d", str(SECONDS), "-r", "250", "-f", "raw", "-o", out, "-p", pid]
+    record = [
+        spy,
+        "record",
+        "--gil",
+        "--full-filenames",
+        "-d",
+        str(SECONDS),
+        "-r",
+        "250",
+        "-f",
+        "raw",
+        "-o",
+        out,
+        "-p",
+        str(server.server),
+    ]
     if kind == "streams":
         load = threading.Thread(target=stream, args=(call, 50, int(SECONDS / 0.05) + 60, 50))
         load.start()
@@ -64,7 +75,7 @@ def shares(stacks: list[tuple[str, int]]) -> list[float]:
 
 def main() -> None:
     """Sample, print the table, and keep it beside the results of the bench."""
-    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    peers.prepare("profile")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, Upstream(Path(folder)) as up:
         contender = peers.ours(up, Path(folder) / "ours", 1)
         kinds = {"regular calls": "near", "wrong keys": "wrong", "streams": "paced"}
@@ -82,3 +93,5 @@ if __name__ == "__main__":
         main()
     except (RuntimeError, peers.Skipped) as error:
         sys.exit(f"The profile was not taken: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
