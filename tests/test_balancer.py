@@ -16,9 +16,9 @@ from typing import NamedTuple, Self
 import httpx
 import pytest
 import yaml
-from conftest import ALL_KEYS, MODELS, chat
-from gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port
-from vendors import Vendors
+from world.calls import ALL_KEYS, MODELS, chat
+from world.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port
+from world.vendors import Vendors
 
 
 class Call(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 from bench import report
 from bench.load import Call, result, stream, wrk
 from bench.upstream import GOOD_KEY, ROUND_TRIP, WRONG_KEY, Upstream
-from gateway import PROJECT
+from world.gateway import PROJECT
 
 FOLDER = PROJECT / "tests" / "bench"
 PATH = "/usr/sbin"

@@ -2,8 +2,8 @@
 
 import httpx
 import pytest
-from conftest import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, arrivals, chat, events, message, one_key, streamed_text, vendor_of
-from vendors import VENDORS, Vendors
+from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, arrivals, chat, events, message, one_key, streamed_text, vendor_of
+from world.vendors import VENDORS, Vendors
 
 BOTH_FORMS = pytest.mark.parametrize("header", [lambda _: ALL_KEYS, one_key], ids=["all-keys", "one-key"])
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)

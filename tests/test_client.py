@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import EMBEDDINGS, MODELS
-from gateway import PROJECT, Gateway, clean_environ, free_port
-from vendors import KEY_VARIABLES, KEYS, Vendors
+from world.calls import EMBEDDINGS, MODELS
+from world.gateway import PROJECT, Gateway, clean_environ, free_port
+from world.vendors import KEY_VARIABLES, KEYS, Vendors
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from conftest import ALL_KEYS, MODELS, RUN_YAML, chat
-from gateway import PROJECT, Gateway, free_port
-from vendors import Vendors
+from world.calls import ALL_KEYS, MODELS, RUN_YAML, chat
+from world.gateway import PROJECT, Gateway, free_port
+from world.vendors import Vendors
 
 DEPLOY = PROJECT / "deploy"
 MANIFESTS = sorted(file for file in (DEPLOY / "kubernetes").glob("*.yaml") if file.stem != "kustomization")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ALL_KEYS, EMBEDDINGS, MODELS, arrivals, caller, chat, events, message, streamed_text, vendor_of
-from gateway import HAPROXY, PROJECT, PROVIDER_DATA, Gateway, clean_environ, eventually, free_port, listening
-from vendors import KEYS, VENDORS, Vendors
-from wire import NameServer, Wire
+from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, arrivals, caller, chat, events, message, streamed_text, vendor_of
+from world.gateway import HAPROXY, PROJECT, PROVIDER_DATA, Gateway, clean_environ, eventually, free_port, listening
+from world.vendors import KEYS, VENDORS, Vendors
+from world.wire import NameServer, Wire
 
 pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
 

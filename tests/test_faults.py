@@ -21,11 +21,12 @@ import httpx
 import pytest
 import trustme
 import yaml
-from conftest import ALL_KEYS, MODELS, PROVIDER_DATA, RUN_YAML, Figure, arrivals, chat, events, message
-from gateway import SERVE, Gateway, copy_project, eventually, free_port, processes
+from conftest import Figure
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vendors import KEYS, Vendors
+from world.calls import ALL_KEYS, MODELS, RUN_YAML, arrivals, chat, events, message
+from world.gateway import PROVIDER_DATA, SERVE, Gateway, copy_project, eventually, free_port, processes
+from world.vendors import KEYS, Vendors
 
 CHAT = "/v1/chat/completions"
 GOOD = chat(MODELS[0], "good call")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ALL_KEYS, EMBEDDINGS, MALFORMED, MODELS, SECRET, WRONG_KEY, chat, events, one_key, vendor_of
-from gateway import PROVIDER_DATA, Gateway, processes
-from vendors import KEYS, Vendors
+from world.calls import ALL_KEYS, EMBEDDINGS, MALFORMED, MODELS, SECRET, WRONG_KEY, chat, events, one_key, vendor_of
+from world.gateway import PROVIDER_DATA, Gateway, processes
+from world.vendors import KEYS, Vendors
 
 
 def keys_seen(vendors: Vendors) -> dict[str, set[str]]:

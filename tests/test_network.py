@@ -13,12 +13,12 @@ import httpx
 import jwt
 import pytest
 import trustme
-from conftest import ALL_KEYS, MODELS, caller, chat, events, message
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from gateway import Gateway, eventually
-from services import ISSUER, Services
-from vendors import KEYS, Vendors
+from world.calls import ALL_KEYS, MODELS, caller, chat, events, message
+from world.gateway import Gateway, eventually
+from world.services import ISSUER, Services
+from world.vendors import KEYS, Vendors
 
 # Not the usual loopback address, so that answering here shows that LLAMA_STACK_HOST was heard.
 HOST = "127.0.0.2"

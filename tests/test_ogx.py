@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 import trustme
-from conftest import ALL_KEYS, EMBEDDINGS, MODELS, chat, events, vendor_of
-from gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
-from services import ISSUER, Services
-from vendors import KEYS, Vendors
+from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, chat, events, vendor_of
+from world.gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
+from world.services import ISSUER, Services
+from world.vendors import KEYS, Vendors
 
 # All that moving takes on the server's side: three words in serve.sh, and one in the callers' header.
 RENAMED = {"LLAMA_STACK_LOG_FORMAT": "OGX_LOG_FORMAT", "llama stack run run.yaml": "ogx run run.yaml"}

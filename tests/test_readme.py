@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import MODELS, RUN_YAML, vendor_of
-from gateway import PROJECT, Gateway, clean_environ, eventually, listening
-from vendors import KEY_VARIABLES, VENDORS, Vendors
+from world.calls import MODELS, RUN_YAML, vendor_of
+from world.gateway import PROJECT, Gateway, clean_environ, eventually, listening
+from world.vendors import KEY_VARIABLES, VENDORS, Vendors
 
 README = (PROJECT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ALL_KEYS, MODELS, Figure, chat, message
-from gateway import PROJECT, Gateway, clean_environ, free_port
-from vendors import Vendors
+from conftest import Figure
+from world.calls import ALL_KEYS, MODELS, chat, message
+from world.gateway import PROJECT, Gateway, clean_environ, free_port
+from world.vendors import Vendors
 
 CHAT = "/v1/chat/completions"
 

@@ -1,7 +1,7 @@
 """The README's table of traps is the one that `make traps` wrote."""
 
 import pytest
-from gateway import PROJECT
+from world.gateway import PROJECT
 
 
 def rows(text: str) -> list[str]:

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import certifi
 import httpx
-from conftest import ALL_KEYS, MALFORMED, MODELS, SECRET, WRONG_KEY, caller, chat
-from gateway import BY_HAND, PROJECT, PROVIDER_DATA, SERVE, Gateway, copy_project, listening
-from vendors import Vendors
+from world.calls import ALL_KEYS, MALFORMED, MODELS, SECRET, WRONG_KEY, caller, chat
+from world.gateway import BY_HAND, PROJECT, PROVIDER_DATA, SERVE, Gateway, copy_project, listening
+from world.vendors import Vendors
 
 TABLE = Path(__file__).with_suffix(".md")
 PROMPT = "word " * 800  # 4 KB

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gateway import PROJECT, PROVIDER_DATA, Gateway, free_port, processes
-from wire import NameServer
+from world.gateway import PROJECT, PROVIDER_DATA, Gateway, free_port, processes
+from world.wire import NameServer
 
 from .load import Call
 from .upstream import GOOD_KEY, WRONG_KEY, Upstream

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import certifi
 import trustme
-from gateway import free_port
+from world.gateway import free_port
 
 GOOD_KEY = "sk-fake-good"
 WRONG_KEY = "sk-fake-wrong"

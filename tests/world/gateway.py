@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import httpx
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parent.parent.parent
 PROVIDER_DATA = "X-LlamaStack-Provider-Data"
 
 # The two commands under `make server`, and under nothing.

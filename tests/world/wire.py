@@ -8,7 +8,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Self
 
-from vendors import InBackground, pump
+from .vendors import InBackground, pump
 
 
 class NameServer:

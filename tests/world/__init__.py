@@ -1,0 +1,1 @@
+"""The world that the tests put around the gateway: vendors, a team's services, the wire between them, and callers."""
