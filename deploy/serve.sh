@@ -34,21 +34,20 @@ if [ -z "${SSL_CERT_FILE-}${SSL_CERT_DIR-}" ]; then
   done
 fi
 
-# The server inserts every chat into inference_store and cannot be told not to: a view of that name takes the inserts and
-# keeps nothing. The folder is the one that run.yaml names.
-: "${SQLITE_STORE_DIR:=$(sed -n "s|.*SQLITE_STORE_DIR:=~\([^}]*\)}.*|$HOME\1|p" run.yaml)}"
+# What callers send would be kept in the database in this folder, which is the one that run.yaml names. It is made anew at each
+# start, so that nobody can have prepared it; nobody else may write to the folder.
+: "${SQLITE_STORE_DIR:=$(sed -n "s|.*SQLITE_STORE_DIR:=~\([^}]*\)}/keeps.*|$HOME\1|p" run.yaml)}"
 : "${SQLITE_STORE_DIR:?run.yaml does not say where it is to be, so run.yaml is not the one that ships}"
 export SQLITE_STORE_DIR
-mkdir -p "$SQLITE_STORE_DIR"
-for statement in \
-  "CREATE VIEW IF NOT EXISTS inference_store AS SELECT '' AS id, 0 AS created, '' AS model, '' AS choices,
-     '' AS input_messages, '' AS owner_principal, '' AS access_attributes WHERE 0" \
-  "CREATE TRIGGER IF NOT EXISTS keeps_nothing INSTEAD OF INSERT ON inference_store BEGIN SELECT 1; END"; do
-  said="$(python -m sqlite3 "$SQLITE_STORE_DIR/keeps-nothing.db" "$statement" 2>&1)" || {
-    echo "The folder $SQLITE_STORE_DIR cannot be used: $(echo "$said" | tail -n 1)" >&2
-    exit 1
-  }
-done
+(umask 077 && mkdir -p "$SQLITE_STORE_DIR")
+store="$SQLITE_STORE_DIR/keeps-nothing.db"
+new="$store.$$"
+if said="$(python -m sqlite3 "$new" < deploy/keeps-nothing.sql 2>&1 | grep Error)"; then
+  echo "The folder $SQLITE_STORE_DIR cannot be used: $(echo "$said" | tail -n 1)" >&2
+  exit 1
+fi
+rm -f "$store-wal" "$store-shm"
+mv "$new" "$store"
 
 # Given one of the two without the other, the server says nothing and speaks plain HTTP.
 case "${LLAMA_STACK_TLS_CERTFILE:+cert}${LLAMA_STACK_TLS_KEYFILE:+key}" in

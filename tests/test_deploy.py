@@ -126,7 +126,7 @@ def test_pods_and_image_agree(objects: dict[str, dict]) -> None:
     assert RUN_YAML["server"]["port"] == f"${{env.LLAMA_STACK_PORT:={port}}}"
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts["run"] == values(stage, "WORKDIR")[0] + "/run.yaml"
-    assert f"SQLITE_STORE_DIR={mounts['tmp']} " in values(stage, "ENV")[0]
+    assert f"SQLITE_STORE_DIR={mounts['tmp']}/lls-openai " in values(stage, "ENV")[0]
     assert container["securityContext"]["readOnlyRootFilesystem"]
 
 
@@ -249,14 +249,14 @@ def test_the_image_writes_to_its_tmpfs_alone(contained: Path) -> None:
     mounts = [line.split() for line in (contained / "mountinfo").read_text().splitlines()]
     root = next(mount for mount in reversed(mounts) if mount[4] == "/")
     assert "ro" in root[5].split(",")
-    written = {file.name for file in (contained / "root/tmp").iterdir()}
-    assert written <= {"keeps-nothing.db", "keeps-nothing.db-shm", "keeps-nothing.db-wal"}
+    written = {file.name for file in (contained / "root/tmp/lls-openai").iterdir()}
+    assert written <= {"keeps-nothing.db", "keeps-nothing.db-shm", "keeps-nothing.db-wal", "files"}
 
 
 def test_the_image_holds_what_it_runs_and_no_more(contained: Path) -> None:
     app = contained / "root/app"
     assert {entry.name for entry in app.iterdir()} == {".venv", "run.yaml", "deploy"}
-    assert [entry.name for entry in (app / "deploy").iterdir()] == ["serve.sh"]
+    assert {entry.name for entry in (app / "deploy").iterdir()} == {"serve.sh", "keeps-nothing.sql"}
     assert not {"uv", "pip", "ruff", "pytest"} & {tool.name for tool in (app / ".venv/bin").iterdir()}
 
 

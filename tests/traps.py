@@ -143,7 +143,7 @@ def kept_chats(bench: Bench) -> Row:
         "every chat is kept, and `GET /v1/chat/completions` hands it to any caller (4 KB prompts)",
         measure,
         Edit("run.yaml", "mode=rw&", "mode=rwc&"),
-        Edit("deploy/serve.sh", 'python -m sqlite3 "$SQLITE_STORE_DIR/keeps-nothing.db" "$statement"', ":"),
+        Edit("deploy/serve.sh", 'mv "$new" "$store"', 'rm "$new"'),
     )
 
 

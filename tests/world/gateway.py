@@ -173,7 +173,7 @@ def listening(port: int) -> list[str]:
 def copy_project(folder: Path) -> Path:
     """Copy what a server needs into `folder`, for those who change run.yaml. Returns `folder`."""
     (folder / "deploy").mkdir(parents=True)
-    for name in ("run.yaml", "deploy/serve.sh"):
+    for name in ("run.yaml", "deploy/serve.sh", "deploy/keeps-nothing.sql"):
         shutil.copy(PROJECT / name, folder / name)
     return folder
 
