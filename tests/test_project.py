@@ -14,7 +14,7 @@ from world.gateway import PROJECT, clean_environ, eventually
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
-def test_the_server_takes_at_most_200_mb(tmp_path: Path) -> None:
+def test_the_server_takes_at_most_125_mb(tmp_path: Path) -> None:
     """The installed files of the runtime packages, in bytes on disk, as `uv sync` without the dev group lays them out."""
     export = ["uv", "export", "--frozen", "--no-dev", "--no-hashes", "--no-header", "--no-annotate", "--offline"]
     environ = clean_environ(tmp_path)
@@ -27,7 +27,7 @@ def test_the_server_takes_at_most_200_mb(tmp_path: Path) -> None:
         for file in distribution(name.partition("==")[0]).files or []:
             path = Path(str(file.locate()))
             size += path.stat().st_blocks * 512 if path.exists() else 0
-    assert 50_000_000 < size < 200_000_000
+    assert 50_000_000 < size < 125_000_000
 
 
 def test_runtime_packages_are_the_three() -> None:
