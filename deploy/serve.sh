@@ -3,95 +3,174 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+refuse() {
+  printf '%s\n' "$1" >&2
+  exit 2
+}
+say() { # To a person at a terminal, or as a line of the log.
+  if [ -t 1 ]; then printf '%s\n' "$1"; else
+    printf '{"event": "%s", "level": "info", "logger": "deploy/serve.sh", "timestamp": "%s"}\n' "$1" "$(date -u +%FT%TZ)"
+  fi || :
+}
+default() { # What run.yaml has for a variable that is not set.
+  sed -n "s|.*{env\.$1:=\([^}]*\)}.*|\1|p" run.yaml | head -n 1
+}
+
+# Settings.
+wrong="$(env | sed -nE -f deploy/settings.sed)"
+[ -z "$wrong" ] || refuse "$wrong"
+set -- "${LLAMA_STACK_TLS_CERTFILE-}" "${LLAMA_STACK_TLS_KEYFILE-}"
+[ -z "$1$2" ] || { [ -n "$1" ] && [ -n "$2" ]; } || refuse "For HTTPS, set both LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE."
+for file; do
+  [ -z "$file" ] || [ -r "$file" ] || refuse "$file cannot be read: see LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE."
+done
+[ -z "$1" ] || ! grep -q ENCRYPTED "$2" || refuse "The key in $2 has a passphrase, for which nobody is asked: give the server a key without."
+[ -n "${AUTH_JWKS_URI-}" ] || [ -z "${AUTH_ISSUER-}${AUTH_AUDIENCE-}" ] ||
+  refuse "Without AUTH_JWKS_URI nobody needs a token: set it, or unset AUTH_ISSUER and AUTH_AUDIENCE."
+export LLAMA_STACK_HOST="${LLAMA_STACK_HOST:-$(default LLAMA_STACK_HOST)}"
+export LLAMA_STACK_PORT="${LLAMA_STACK_PORT:-$(default LLAMA_STACK_PORT)}"
+export LLAMA_STACK_WORKERS="${LLAMA_STACK_WORKERS:-$(default LLAMA_STACK_WORKERS)}"
+
+[ -n "$(default SQLITE_STORE_DIR)" ] || refuse "run.yaml is not the one that ships: it does not say where SQLITE_STORE_DIR is."
+
+# The egress proxy keeps connections to the vendors open. It cannot go through another proxy. Debian keeps it where root looks.
+PATH="$PATH:/usr/local/sbin:/usr/sbin"
+demanded="${https_proxy:-${HTTPS_PROXY:-${all_proxy:-${ALL_PROXY-}}}}"
+case "${EGRESS-}" in
+  1 | yes | true) exec deploy/egress/serve.sh ;;
+  '') [ -n "$demanded" ] || ! command -v haproxy > /dev/null || exec deploy/egress/serve.sh ;;
+esac
+
+# The port, also on ::1: `localhost` means that too, so whoever listens there would be sent keys. On other addresses the server
+# finds out by itself. Linux lists who listens (0A).
+rival="(0{8}|0{32}|0100007F|0{24}01000000|0{16}FFFF00000100007F):$(printf %04X "$LLAMA_STACK_PORT") [0-9A-F]+:[0-9A-F]+ 0A"
+[ -r /proc/net/tcp ] || rival="[.]$LLAMA_STACK_PORT .*LISTEN"
+case "$LLAMA_STACK_HOST" in 127.0.0.1 | ::1 | localhost)
+  ! { cat /proc/net/tcp /proc/net/tcp6 2> /dev/null || netstat -an; } | grep -Eq "$rival" ||
+    refuse "Port $LLAMA_STACK_PORT is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT."
+  ;;
+esac
+
 # Keys travel with the calls, so none is handed to the server. The organization and the project are not its to have either:
 # its OpenAI SDK would add them to every vendor's calls, whoever the caller is.
+# shellcheck disable=SC2046 # Names of variables, an argument each.
 unset $(env | sed -n 's/^\([A-Z0-9_]*_API_KEY\)=.*/\1/p') OPENAI_ORG_ID OPENAI_PROJECT_ID
-
-# On a port in use the server boots, says so in a log line among others, and exits with 0. Linux lists who listens (0A).
-port="${LLAMA_STACK_PORT:-8321}"
-case "${LLAMA_STACK_HOST:-127.0.0.1}" in
-  127.0.0.1 | localhost) rival='(00000000|0100007F)' ;;
-  0.0.0.0 | ::) rival='[0-9A-F]{8}' ;;
-  *) rival=00000000 ;;
-esac
-if grep -Eqs "^ *[0-9]+: (0{32}|$rival):$(printf %04X "$port" 2>&1) [0-9A-F]+:[0-9A-F]+ 0A" /proc/net/tcp /proc/net/tcp6; then
-  echo "Port $port is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT." >&2
-  exit 1
-fi
-
 # In the default format a wrong key is rendered as a rich traceback: seconds in which nobody is served.
-export LLAMA_STACK_LOG_FORMAT="${LLAMA_STACK_LOG_FORMAT:-json}"
+export LLAMA_STACK_LOG_FORMAT=json
+# Other releases of llama-stack-client work as well as the server's own.
+export LLAMA_STACK_DISABLE_VERSION_CHECK=1
+# Callers choose what X-Forwarded-For says. It is believed of a balancer alone, if one is named here.
+export FORWARDED_ALLOW_IPS="${FORWARDED_ALLOW_IPS-}"
+# Each connection takes a descriptor, and the server never closes an idle one.
+# shellcheck disable=SC3045 # Every sh of today has it.
+ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -H -n)"
 
-# The passthrough provider makes a TLS context for every call. A bundle of CAs is loaded whole each time, a
-# directory of hashed ones is not (`make traps` has the difference).
-if [ -z "${SSL_CERT_FILE-}${SSL_CERT_DIR-}" ]; then
-  for dir in /etc/ssl/certs /etc/pki/ca-trust/extracted/pem/directory-hash; do
-    set -- "$dir"/*.0
-    if [ -e "$1" ]; then
-      export SSL_CERT_DIR="$dir"
-      break
-    fi
-  done
-fi
+# The passthrough provider makes a TLS context for every call. A bundle of CAs is loaded whole each time, a directory of hashed
+# ones is not (`make traps` has the difference).
+for dir in /etc/ssl/certs /etc/pki/ca-trust/extracted/pem/directory-hash; do
+  set -- "$dir"/*.0
+  [ -n "${SSL_CERT_FILE-}${SSL_CERT_DIR-}" ] || [ ! -e "$1" ] || export SSL_CERT_DIR="$dir"
+done
 
-# What callers send would be kept in the database in this folder, which is the one that run.yaml names. It is made anew at each
-# start, so that nobody can have prepared it; nobody else may write to the folder.
-: "${SQLITE_STORE_DIR:=$(sed -n "s|.*SQLITE_STORE_DIR:=~\([^}]*\)}/keeps.*|$HOME\1|p" run.yaml)}"
-: "${SQLITE_STORE_DIR:?run.yaml does not say where it is to be, so run.yaml is not the one that ships}"
-export SQLITE_STORE_DIR
-(umask 077 && mkdir -p "$SQLITE_STORE_DIR")
+# A call can hold URLs, such as an MCP server's, that the server would fetch. Whatever is not named here is sent to a proxy that
+# is not there. A proxy that the operator demands decides about HTTPS instead, the vendors' included.
+named="${no_proxy:-${NO_PROXY-}}"
+for url in "$(default OPENAI_PASSTHROUGH_URL)" "$(default GEMINI_PASSTHROUGH_URL)" "$(default ANTHROPIC_PASSTHROUGH_URL)" \
+  "${OPENAI_PASSTHROUGH_URL-}" "${GEMINI_PASSTHROUGH_URL-}" "${ANTHROPIC_PASSTHROUGH_URL-}" \
+  "${AUTH_JWKS_URI-}" "${OTEL_EXPORTER_OTLP_ENDPOINT-}"; do
+  case "${demanded:+proxy}$url" in
+    '' | proxy | proxyhttps:*) ;;
+    *) host="${url#*://}" && named="$named,${url%%://*}://${host%%[/?#]*}" ;;
+  esac
+done
+unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy no_proxy
+[ -z "$demanded" ] || export HTTPS_PROXY="$demanded"
+export ALL_PROXY=http://127.0.0.1:9 NO_PROXY="${named#,}"
+
+# The database in which the server would keep what callers send, in the folder that run.yaml names: made anew at each start, where
+# nobody else may write, so that nobody can have prepared it.
+export SQLITE_STORE_DIR="${SQLITE_STORE_DIR:-$HOME$(default SQLITE_STORE_DIR | sed 's/^~//')}"
 store="$SQLITE_STORE_DIR/keeps-nothing.db"
-new="$store.$$"
-if said="$(python -m sqlite3 "$new" < deploy/keeps-nothing.sql 2>&1 | grep Error)"; then
-  echo "The folder $SQLITE_STORE_DIR cannot be used: $(echo "$said" | tail -n 1)" >&2
-  exit 1
-fi
+(umask 077 && mkdir -p "$SQLITE_STORE_DIR") 2> /dev/null || :
+[ -n "$(find "$SQLITE_STORE_DIR/." -prune -user "$(id -u)" ! -perm -020 ! -perm -002 2> /dev/null)" ] ||
+  refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR: it has to be a folder that is yours, and that nobody else may write to."
+! said="$(python -m sqlite3 "$store.$$" < deploy/keeps-nothing.sql 2>&1 | grep Error)" ||
+  refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR, which cannot be used: $(echo "$said" | tail -n 1)"
 rm -f "$store-wal" "$store-shm"
-mv "$new" "$store"
+mv "$store.$$" "$store"
 
-# Given one of the two without the other, the server says nothing and speaks plain HTTP.
-case "${LLAMA_STACK_TLS_CERTFILE:+cert}${LLAMA_STACK_TLS_KEYFILE:+key}" in
-  cert | key)
-    echo "For HTTPS, set both LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE." >&2
-    exit 2
-    ;;
-esac
-
-# The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper.
+# The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. Exported logs
+# would hold exceptions, which quote keys and prompts. Callers make up model names, which label the metrics: sent as differences,
+# they can be forgotten.
+set --
 if [ -n "${OTEL_EXPORTER_OTLP_ENDPOINT-}" ]; then
-  export OTEL_EXPORTER_OTLP_PROTOCOL="${OTEL_EXPORTER_OTLP_PROTOCOL:-http/protobuf}"
-  export OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}"
   set -- opentelemetry-instrument
-else
-  set --
+  export OTEL_LOGS_EXPORTER=none OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}"
+  export OTEL_EXPORTER_OTLP_PROTOCOL="${OTEL_EXPORTER_OTLP_PROTOCOL:-http/protobuf}"
+  export OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE="${OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE:-delta}"
+  host="${OTEL_EXPORTER_OTLP_ENDPOINT#*://}"
+  NO_PROXY="$NO_PROXY,${host%%[/?#]*}" # The exporter knows no schemes there.
 fi
+for url in "${AUTH_JWKS_URI-}" "${OTEL_EXPORTER_OTLP_ENDPOINT-}"; do
+  [ -z "$url" ] || httpx "$url" 2> /dev/null | grep -q '^HTTP/' || say "Nothing answers at $url. The gateway starts all the same."
+done
 
-# The server's tracebacks quote what a caller sent (a malformed body) and what a vendor answered. Once it is up, only its
-# JSON lines are let through, without the exceptions in them. Until then, only the last words of a traceback; and where
-# run.yaml cannot be made into a server, it would neither serve nor exit, so it is ended. Should the log go nowhere any more
-# (a full disk), it is read on, because a server that cannot print a traceback does not answer the call that caused it.
-if [ "$LLAMA_STACK_LOG_FORMAT" = json ]; then
-  pipe="$SQLITE_STORE_DIR/log.$$"
-  mkfifo -m 600 "$pipe"
-  (
-    set +e
-    trap '' INT TERM
-    rm "$pipe"
-    while IFS= read -r line; do
-      case "$line" in
-        *'"Application startup complete."'*)
-          printf '%s\n' "$line"
-          sed -u -e '/^{/!d' -e 's/"exc_info": \[.*\], "level"/"level"/' || exec cat > /dev/null
-          exit
-          ;;
-        '  File "'*' in create_app') { sleep 1; kill $$ 2> /dev/null; } & ;;
-        Traceback* | '  File "'* | '    '* | 'During handling'* | 'The above exception'* | '') ;;
-        *) printf '%s\n' "$line" ;;
-      esac
-    done
-    echo "The server did not start. What it said last is above."
-  ) < "$pipe" &
-  exec > "$pipe" 2>&1
+# The log goes through a filter. Should nobody take it any more (a full disk), it is read on, because a server that cannot print
+# a traceback does not answer the call that caused it.
+by_line="$(sed -u '' < /dev/null > /dev/null 2>&1 && echo -u || echo -l)" # -l is BSD's name for it.
+[ -t 1 ] && form=deploy/terminal.sed || form=/dev/null
+show() {
+  sed "$by_line" -E -f deploy/log.sed -f "$form"
+}
+pipe="$SQLITE_STORE_DIR/log.$$"
+mkfifo -m 600 "$pipe"
+say "The gateway starts. It asks each vendor for its models first, and waits for one that is silent. Calls go ${EGRESS_WAY:-straight to the vendors}."
+"$@" llama stack run run.yaml < /dev/null > "$pipe" 2>&1 &
+server=$!
+(
+  set +e
+  trap '' HUP INT TERM
+  rm "$pipe"
+  # Until it is up: what it says, without tracebacks. One worker is complete before it has the port, of which several say nothing.
+  missing=$((LLAMA_STACK_WORKERS == 1 ? 2 : LLAMA_STACK_WORKERS))
+  while [ "$missing" -gt 0 ] && IFS= read -r line; do
+    case "$line" in
+      *'[Errno '*) echo "LLAMA_STACK_HOST is '$LLAMA_STACK_HOST', LLAMA_STACK_PORT is '$LLAMA_STACK_PORT':" "${line#*\[Errno }" ;;
+      '{'*) printf '%s\n' "$line" | show ;;
+      # It would neither serve nor exit, or start its workers for ever.
+      '  File "'*' in create_app' | 'Process SpawnProcess-'*) { sleep 1 && kill "$server" 2> /dev/null; } & ;;
+      Traceback* | '  '* | 'During handling'* | 'The above exception'* | '') ;;
+      *) printf '%s\n' "$line" ;;
+    esac
+    case "$line" in '{"event": "Application startup complete.'* | '{"event": "Uvicorn running on '*) missing=$((missing - 1)) ;; esac
+  done
+  [ "$missing" -eq 0 ] || exit 1
+  host="$(printf '%s\n' "$LLAMA_STACK_HOST" | sed 's/.*:.*/[&]/')"
+  say "The gateway answers at http${LLAMA_STACK_TLS_KEYFILE:+s}://$host:$LLAMA_STACK_PORT. Ctrl-C stops it."
+  show || exec cat > /dev/null
+) < "$pipe" &
+log=$!
+
+# Asked to stop, the server refuses new calls and finishes those in flight. Asked twice, it would hang for its threads' sake.
+asked=
+stop() {
+  [ -n "$asked" ] || say "The gateway stops when the calls in flight have ended. Ctrl-C ends it at once."
+  asked="${asked:-0}"
+  kill "$server" 2> /dev/null || :
+}
+insist() {
+  [ -z "$asked" ] || { asked=130 && ps -A -o pid= -o ppid= | awk -v of="$server" '$1 == of || $2 == of { print $1 }' | xargs kill -KILL; }
+  stop
+}
+trap stop HUP TERM
+trap insist INT
+code=0
+while kill -0 "$server" 2> /dev/null; do
+  wait "$server" 2> /dev/null && code=0 || code=$?
+done
+if ! wait "$log" && [ -z "$asked" ]; then
+  echo "The server did not start. What it said last is above." >&2
+  [ "$code" -ne 0 ] || code=1
 fi
-
-exec "$@" llama stack run run.yaml
+[ -z "$asked" ] || say "The gateway has stopped."
+exit "${asked:-$code}"

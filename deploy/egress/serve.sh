@@ -42,7 +42,7 @@ export GEMINI_PASSTHROUGH_URL="${GEMINI_PASSTHROUGH_URL:-$through/gemini/v1beta/
 export ANTHROPIC_PASSTHROUGH_URL="${ANTHROPIC_PASSTHROUGH_URL:-$through/anthropic}"
 others="${no_proxy:-${NO_PROXY-}}"
 export no_proxy="127.0.0.1${others:+,$others}"
-deploy/serve.sh &
+EGRESS=0 EGRESS_WAY="through the egress proxy on port $EGRESS_PORT" deploy/serve.sh &
 gateway=$!
 
 trap 'kill "$gateway" || :' HUP INT TERM

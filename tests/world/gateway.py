@@ -173,8 +173,11 @@ def listening(port: int) -> list[str]:
 def copy_project(folder: Path) -> Path:
     """Copy what a server needs into `folder`, for those who change run.yaml. Returns `folder`."""
     (folder / "deploy").mkdir(parents=True)
-    for name in ("run.yaml", "deploy/serve.sh", "deploy/keeps-nothing.sql"):
-        shutil.copy(PROJECT / name, folder / name)
+    for file in [
+        PROJECT / "run.yaml",
+        *(file for kind in ("sh", "sql", "sed") for file in (PROJECT / "deploy").glob(f"*.{kind}")),
+    ]:
+        shutil.copy(file, folder / file.relative_to(PROJECT))
     return folder
 
 
