@@ -148,6 +148,14 @@ def test_a_good_token_is_served_and_reaches_no_vendor(team: httpx.Client, vendor
     assert not [seen for seen in vendors.seen if secret in str(seen)]
 
 
+def test_the_audience_can_be_another(vendors: Vendors, services: Services, tmp_path: Path) -> None:
+    settings = {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER, "AUTH_AUDIENCE": "our-gateway"}
+    with Gateway(tmp_path, **settings, **vendors.environ()) as gateway, caller(gateway.url) as client:
+        for audience, status in (("our-gateway", 200), ("lls-openai", 401)):
+            token = {"Authorization": f"Bearer {services.token(aud=audience)}"}
+            assert client.get("/v1/models", headers=token).status_code == status
+
+
 def test_a_token_without_vendor_keys_gets_the_vendors_refusal(
     team: httpx.Client, vendors: Vendors, token: dict[str, str]
 ) -> None:
@@ -169,7 +177,8 @@ def test_health_needs_no_token(team: httpx.Client) -> None:
 
 PREFLIGHT = {
     "Access-Control-Request-Method": "POST",
-    "Access-Control-Request-Headers": "authorization,content-type,x-llamastack-provider-data",
+    # An SDK's own headers are among them.
+    "Access-Control-Request-Headers": "authorization,content-type,x-llamastack-provider-data,x-stainless-lang",
 }
 
 
@@ -178,11 +187,19 @@ def test_a_page_of_the_one_origin_may_call(team: httpx.Client, token: dict[str, 
     preflight = team.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": PAGE})
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == PAGE
-    assert "x-llamastack-provider-data" in preflight.headers["access-control-allow-headers"]
+    assert {"x-llamastack-provider-data", "x-stainless-lang"} <= set(preflight.headers["access-control-allow-headers"].split(","))
     assert "access-control-allow-credentials" not in preflight.headers
     for headers in (token | ALL_KEYS, {}):
         answer = team.post("/v1/chat/completions", headers=headers | {"Origin": PAGE}, json=chat(MODELS[0]))
         assert answer.headers["access-control-allow-origin"] == PAGE, "a page can read answers and refusals"
+
+
+def test_a_page_may_get_and_post_and_no_more(team: httpx.Client) -> None:
+    asked = {
+        verb: team.options("/v1/models", headers={"Origin": PAGE, "Access-Control-Request-Method": verb}).status_code
+        for verb in ("GET", "POST", "PUT", "PATCH", "DELETE")
+    }
+    assert asked == {"GET": 200, "POST": 200, "PUT": 400, "PATCH": 400, "DELETE": 400}
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example.com", f"{PAGE}.evil.com", "http://chat.example.com", "null", "none"])
