@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from world.gateway import PROJECT
 
 FOLDER = Path(__file__).parent
 
