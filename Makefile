@@ -32,10 +32,12 @@ rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print w
 libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package index)
 	$(UV) run --isolated --no-project --refresh-package openai --refresh-package langchain-openai \
 	  --refresh-package llama-stack-client --with openai,langchain-openai,llama-stack-client \
-	  --with pytest,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
+	  --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
+
+FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_restarts.py test_serve.py)
 
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
-	$(UV) run --group dev pytest tests/test_faults.py tests/test_serve.py -m "slow or not slow" --figures tests/faults.md
+	$(UV) run --group dev pytest $(FAULTS) -m "slow or not slow" --figures tests/faults.md
 
 traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
 	@$(UV) run --group dev python tests/traps.py
