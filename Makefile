@@ -39,8 +39,8 @@ FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fu
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
 	$(UV) run --group dev pytest $(FAULTS) -m "slow or not slow" --figures tests/faults.md
 
-traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
-	@$(UV) run --group dev python tests/traps.py
+traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each (ONLY=names)
+	@PYTHONPATH=tests $(UV) run --group dev python -m traps $(ONLY)
 
 mutants: $(UV)  ## change the project on purpose, and see that a test notices (ONLY=pattern, JOBS=2)
 	@PYTHONPATH=tests $(UV) run --group dev --group deploy python -m mutants --only "$(ONLY)" --jobs $(or $(JOBS),2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 from world.calls import ALL_KEYS, MODELS, RUN_YAML, caller, chat, one_key
-from world.gateway import BY_HAND, PROVIDER_DATA, Gateway
+from world.gateway import BY_HAND, PROJECT, PROVIDER_DATA, Gateway
 from world.vendors import KEYS, Vendors
 
 PERMITTED = {
@@ -35,6 +35,29 @@ def test_exactly_the_permitted_paths_are_open(client: httpx.Client) -> None:
             assert set(of_verb.values()) == {403}, f"{path} answers {of_verb}"
     served = {path: {verb for verb in VERBS if answers[path][verb] not in (403, 405)} for path in PERMITTED}
     assert served == PERMITTED
+
+
+# As users and other programs know them.
+DEFAULTS = {
+    "OPENAI_PASSTHROUGH_URL": "https://api.openai.com",
+    "GEMINI_PASSTHROUGH_URL": "https://generativelanguage.googleapis.com/v1beta/openai",
+    "ANTHROPIC_PASSTHROUGH_URL": "https://api.anthropic.com",
+    "SQLITE_STORE_DIR": "~/.llama/distributions/lls-openai",
+    "LLAMA_STACK_HOST": "127.0.0.1",
+    "LLAMA_STACK_PORT": "8321",
+    "LLAMA_STACK_WORKERS": "1",
+    "LLAMA_STACK_TLS_CERTFILE": "",
+    "LLAMA_STACK_TLS_KEYFILE": "",
+    "LLAMA_STACK_CORS_ORIGIN": "none",
+    "AUTH_ISSUER": "",
+    "AUTH_AUDIENCE": "lls-openai",
+}
+
+
+def test_every_setting_has_the_default_that_users_know() -> None:
+    found = re.findall(r"\$\{env\.(\w+):=([^}]*)\}", (PROJECT / "run.yaml").read_text())
+    assert dict(found) == DEFAULTS
+    assert set(found) == set(DEFAULTS.items()), "A setting that is read in two places has one default."
 
 
 def test_every_vendors_url_can_be_replaced(vendors: Vendors, tmp_path: Path) -> None:
