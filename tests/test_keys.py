@@ -144,7 +144,8 @@ def test_nothing_of_a_call_is_left_in_files_logs_or_arguments(client: httpx.Clie
 def test_the_log_tells_of_every_call_in_one_line(client: httpx.Client, gateway: Gateway) -> None:
     before = see_in_log(client, gateway, "before")
     assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
-    (line, _) = gateway.log.splitlines()[before : see_in_log(client, gateway, "after")]
+    after = see_in_log(client, gateway, "after")
+    (line, _) = gateway.log.splitlines()[before:after]
     assert '"POST /v1/chat/completions HTTP/1.1\\" 200' in line
 
 

@@ -36,7 +36,7 @@ def snapshot(folder: Path) -> Path:
     """Copy the project into `folder` as git would commit it now: a checkout of its own, with the same packages."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=PROJECT, check=True, capture_output=True, text=True).stdout.splitlines():
-        if (PROJECT / name).exists():
+        if (PROJECT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PROJECT / name, folder / name)
     for command in (["init", "--quiet"], ["add", "--all"]):

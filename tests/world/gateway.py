@@ -76,7 +76,7 @@ class Gateway:
         """All that the process has printed so far."""
         return self.log_file.read_text()
 
-    def start(self, seconds: float = 120) -> "Gateway":
+    def start(self, seconds: float = 200) -> "Gateway":
         """Start the process and wait until it answers `health`.
 
         Raises RuntimeError with the end of its log if it exits, or takes longer than `seconds`.
