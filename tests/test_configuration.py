@@ -1,7 +1,9 @@
 """What run.yaml promises, asked of the running server: the settings, the paths, and that nothing else is open."""
 
+import contextlib
 import json
 import re
+import sqlite3
 import time
 from pathlib import Path
 
@@ -95,3 +97,29 @@ def test_started_by_hand_in_a_folder_that_exists_it_keeps_no_chat(vendors: Vendo
             time.sleep(1)
         assert "between us" not in client.get("/v1/chat/completions").text
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"between us" in path.read_bytes()]
+
+
+def tables(database: sqlite3.Connection) -> list[str]:
+    """The names of a database's tables."""
+    return [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+
+
+def test_every_table_drops_what_is_inserted() -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.executescript((PROJECT / "deploy/keeps-nothing.sql").read_text())
+        assert tables(database)
+        for table in tables(database):
+            names = [column[1] for column in database.execute(f"PRAGMA table_info({table})")]
+            insert = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('1' for _ in names)})"
+            for statement in (insert, f"{insert} ON CONFLICT ({names[0]}) DO UPDATE SET {names[1]} = 2"):
+                database.execute(statement)
+            assert database.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+
+
+def test_the_server_has_no_other_table_than_those_that_drop(client: httpx.Client, gateway: Gateway) -> None:
+    assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
+    assert client.post("/v1/responses", headers=ALL_KEYS, json={"model": MODELS[0], "input": "Hello"}).is_success
+    (path,) = gateway.home.rglob("keeps-nothing.db")
+    with contextlib.closing(sqlite3.connect(":memory:")) as ours, contextlib.closing(sqlite3.connect(path)) as theirs:
+        ours.executescript((PROJECT / "deploy/keeps-nothing.sql").read_text())
+        assert tables(theirs) == tables(ours)
