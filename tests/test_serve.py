@@ -116,9 +116,9 @@ def test_a_full_disk_stops_the_first_boot(tmp_path: Path, figures: list[Figure])
 def assert_serves_and_refuses(gateway: Gateway) -> None:
     """A good call is answered, and a vendor's error is passed on."""
     for _ in range(5):
-        good = httpx.post(gateway.url + CHAT, headers=ALL_KEYS, json=chat(MODELS[0]), trust_env=False)
+        good = httpx.post(gateway.url + CHAT, headers=ALL_KEYS, json=chat(MODELS[0]), trust_env=False, timeout=60)
         assert good.is_success
-        refused = httpx.post(gateway.url + CHAT, headers=ALL_KEYS, json=chat("openai/status-401"), trust_env=False)
+        refused = httpx.post(gateway.url + CHAT, headers=ALL_KEYS, json=chat("openai/status-401"), trust_env=False, timeout=60)
         assert refused.status_code == 401
         assert "OpenAI says 401" in message(refused)
 
