@@ -6,7 +6,7 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test rolling libraries faults traps bench profile
+.PHONY: help server client demo test rolling libraries faults traps mutants bench profile
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -32,13 +32,18 @@ rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print w
 libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package index)
 	$(UV) run --isolated --no-project --refresh-package openai --refresh-package langchain-openai \
 	  --refresh-package llama-stack-client --with openai,langchain-openai,llama-stack-client \
-	  --with pytest,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
+	  --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
+
+FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_restarts.py test_serve.py)
 
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
-	$(UV) run --group dev pytest tests/test_faults.py tests/test_serve.py -m "slow or not slow" --figures tests/faults.md
+	$(UV) run --group dev pytest $(FAULTS) -m "slow or not slow" --figures tests/faults.md
 
-traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
-	@$(UV) run --group dev python tests/traps.py
+traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each (ONLY=names)
+	@PYTHONPATH=tests $(UV) run --group dev python -m traps $(ONLY)
+
+mutants: $(UV)  ## change the project on purpose, and see that a test notices (ONLY=pattern, JOBS=2)
+	@PYTHONPATH=tests $(UV) run --group dev --group deploy python -m mutants --only "$(ONLY)" --jobs $(or $(JOBS),2)
 
 bench: $(UV)  ## this gateway beside its peers, about 20 minutes (a quick look: ROUNDS=1 SECONDS=1)
 	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) --only $(ONLY)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import pytest
 from world.calls import caller
+from world.figures import Figure, write
 from world.gateway import Gateway, copy_project
 from world.vendors import Vendors
 
@@ -19,37 +19,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", type=Path, help="write what the tests of faults measured to this file, as a table")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests that take minutes half an hour, and every other what pyproject.toml says."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 def pytest_report_header() -> str:
     """Name the releases of the client libraries."""
     return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
-class Figure(NamedTuple):
-    """One line of tests/faults.md: seconds until the caller knew, and the longest that another caller waited meanwhile."""
-
-    fault: str
-    outcome: str
-    seconds: float | None
-    others: float | None
-
-
 @pytest.fixture(scope="session")
 def figures(pytestconfig: pytest.Config) -> Iterator[list[Figure]]:
-    """What the tests measured, written to the file of `--figures` in the end."""
+    """What the tests of faults measured, written to the file of `--figures` in the end."""
     figures: list[Figure] = []
     yield figures
     if path := pytestconfig.getoption("figures"):
-        rows = [
-            "| fault | outcome | after, s | others waited at most, s |",
-            "|---|---|---:|---:|",
-            *(
-                f"| {row.fault} | {row.outcome} | {'' if row.seconds is None else f'{row.seconds:.1f}'} "
-                f"| {'' if row.others is None else f'{row.others:.2f}'} |"
-                for row in figures
-            ),
-        ]
-        head = "# What faults did\n\nWritten by `make faults`, one gateway worker unless said otherwise, on 2 cores.\n\n"
-        path.write_text(head + "\n".join(rows) + "\n")
+        write(path, figures)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,8 @@ def test_streaming_call_with_usage(client: httpx.Client, model: str) -> None:
 def test_tokens_arrive_as_the_vendor_sends_them(client: httpx.Client) -> None:
     """From a stand-in that takes 0.3 s a word, the words come one by one and not all at the end."""
     arrived = arrivals(client, "openai/slow")
-    assert arrived[-1] - arrived[0] > 1
+    assert len(arrived) > 10
+    assert arrived[-1] - arrived[0] > 2
 
 
 @pytest.mark.parametrize("model", EMBEDDINGS)
@@ -77,7 +78,8 @@ def test_embeddings(client: httpx.Client, model: str, header) -> None:
     answer = client.post("/v1/embeddings", headers=header(model), json=body).json()
     assert [item["index"] for item in answer["data"]] == [0, 1]
     assert answer["data"][0]["embedding"] != answer["data"][1]["embedding"]
-    assert answer["usage"]["total_tokens"] >= 0
+    # Gemini does not say how many, and the native provider reports none.
+    assert answer["usage"]["total_tokens"] == (0 if model.startswith("gemini") else 2)
 
 
 @pytest.mark.parametrize("provider", ["openai", "openai-mini", "gemini", "anthropic"])

@@ -244,7 +244,7 @@ def proxy_of(server: subprocess.Popen) -> int | None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_it_listens_on_loopback_only_and_holds_no_key(server: Gateway) -> None:
-    assert listening(int(server.settings["EGRESS_PORT"])) == ["0100007F"]
+    assert listening(int(server.settings["EGRESS_PORT"])) == ["127.0.0.1"]
     environ = Path(f"/proc/{proxy_of(server.process)}/environ").read_text()
     assert "EGRESS_PORT" in environ
     assert "sk-fake" not in environ

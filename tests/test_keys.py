@@ -3,12 +3,13 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from world.calls import ALL_KEYS, EMBEDDINGS, MALFORMED, MODELS, SECRET, WRONG_KEY, chat, events, one_key, vendor_of
-from world.gateway import PROVIDER_DATA, Gateway, processes
+from world.calls import ALL_KEYS, EMBEDDINGS, MALFORMED, MODELS, SECRET, WRONG_KEY, caller, chat, events, one_key, vendor_of
+from world.gateway import PROVIDER_DATA, Gateway, processes, wait_for
 from world.vendors import KEYS, Vendors
 
 
@@ -65,22 +66,18 @@ def test_callers_at_the_same_time_keep_their_keys_apart(client: httpx.Client, ve
     def call(number: int) -> None:
         model = MODELS[number % len(MODELS)]
         data = {f"{vendor_of(model)}_authorization": f"Bearer {KEYS[vendor_of(model)]}-caller-{number}-end"}
-        client.post(
-            "/v1/chat/completions", headers={PROVIDER_DATA: json.dumps(data)}, json=chat(model, f"I am caller-{number}-end")
-        )
+        body = chat(model, f"I am caller-{number}-end")
+        client.post("/v1/chat/completions", headers={PROVIDER_DATA: json.dumps(data)}, json=body).raise_for_status()
 
-    callers = [threading.Thread(target=call, args=(number,)) for number in range(40)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
+    with ThreadPoolExecutor(40) as callers:
+        list(callers.map(call, range(40)))
     for number in range(40):
         (request,) = vendors.seen_with(f"I am caller-{number}-end")
         assert request.key.endswith(f"-caller-{number}-end")
 
 
 def test_the_gateway_talks_to_nobody_but_the_vendors(client: httpx.Client, vendors: Vendors) -> None:
-    client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0]))
+    assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
     assert vendors.strangers == []
 
 
@@ -118,6 +115,14 @@ def test_health_version_and_documentation_are_open(client: httpx.Client, path: s
     assert client.get(path).is_success
 
 
+def see_in_log(client: httpx.Client, gateway: Gateway, name: str) -> int:
+    """Make a call that the log names, and wait for its line: all that was logged before is there then. Returns its number."""
+    path = f"/v1/models/{name.replace(' ', '-')}"
+    client.get(path)
+    wait_for(lambda: path in gateway.log)
+    return next(number for number, line in enumerate(gateway.log.splitlines(), 1) if path in line)
+
+
 def test_nothing_of_a_call_is_left_in_files_logs_or_arguments(client: httpx.Client, gateway: Gateway) -> None:
     """Calls that succeed, that fail at the vendor, and that are malformed in every way that makes the server complain."""
     for model in [*MODELS, "openai/status-401", "gemini/status-429", "anthropic/hang-up", "openai/no-such-model"]:
@@ -125,7 +130,7 @@ def test_nothing_of_a_call_is_left_in_files_logs_or_arguments(client: httpx.Clie
             client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(model, SECRET, stream=stream))
     for call in MALFORMED:
         client.post("/v1/chat/completions", **call)
-    time.sleep(1)
+    see_in_log(client, gateway, "everything was sent")
     files = [path for path in gateway.home.rglob("*") if path.is_file()]
     assert gateway.log_file in files
     assert any(path.name == "keeps-nothing.db" for path in files)
@@ -137,10 +142,10 @@ def test_nothing_of_a_call_is_left_in_files_logs_or_arguments(client: httpx.Clie
 
 
 def test_the_log_tells_of_every_call_in_one_line(client: httpx.Client, gateway: Gateway) -> None:
-    before = len(gateway.log.splitlines())
+    before = see_in_log(client, gateway, "before")
     assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
-    time.sleep(0.5)
-    (line,) = gateway.log.splitlines()[before:]
+    after = see_in_log(client, gateway, "after")
+    (line, _) = gateway.log.splitlines()[before:after]
     assert '"POST /v1/chat/completions HTTP/1.1\\" 200' in line
 
 
@@ -161,31 +166,31 @@ def test_wrong_keys_do_not_hold_up_good_calls(client: httpx.Client, vendors: Ven
     """With console logs, each wrong key takes the server 4 s in which nobody is served."""
     done = threading.Event()
 
-    def storm() -> None:
+    def storm(_: int) -> set[int]:
+        """The statuses of the answers to wrong keys."""
+        answers = set()
         while not done.is_set():
-            assert client.post("/v1/chat/completions", headers=WRONG_KEY, json=chat(MODELS[0])).status_code == 401
+            answers.add(client.post("/v1/chat/completions", headers=WRONG_KEY, json=chat(MODELS[0])).status_code)
+        return answers
 
-    stormers = [threading.Thread(target=storm) for _ in range(8)]
-    for stormer in stormers:
-        stormer.start()
-    try:
-        for _ in range(20):
-            response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0], stream=True), timeout=10)
-            assert events(response)[-1]["choices"][0]["finish_reason"] == "stop"
-    finally:
-        done.set()
-        for stormer in stormers:
-            stormer.join()
+    with ThreadPoolExecutor(8) as stormers:
+        answers = stormers.map(storm, range(8))
+        try:
+            for _ in range(20):
+                response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0], stream=True), timeout=10)
+                assert events(response)[-1]["choices"][0]["finish_reason"] == "stop"
+        finally:
+            done.set()
+        assert set().union(*answers) == {401}
 
 
 def test_keys_in_the_servers_environment_are_not_used(vendors: Vendors, tmp_path: Path) -> None:
     names = dict.fromkeys(("OPENAI_API_KEY", "GEMINI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_ORG_ID"), "sk-fake-server")
     vendors.seen.clear()
-    with Gateway(tmp_path, **names, **vendors.environ()) as gateway:
+    with Gateway(tmp_path, **names, **vendors.environ()) as gateway, caller(gateway.url) as client:
         for model in [*MODELS, "gemini-native/gemini-2.5-flash"]:
-            answer = httpx.post(f"{gateway.url}/v1/chat/completions", json=chat(model), trust_env=False)
-            assert answer.status_code in (400, 401)
-        httpx.get(f"{gateway.url}/v1/models", trust_env=False)
+            assert client.post("/v1/chat/completions", json=chat(model)).status_code in (400, 401)
+        client.get("/v1/models")
         assert "sk-fake-server" not in str(gateway.environ)
     assert vendors.seen
     assert not any("sk-fake-server" in json.dumps(request.headers) for request in vendors.seen)

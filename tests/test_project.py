@@ -1,5 +1,6 @@
 """What the project promises about itself: its size, its layout, and that `make demo` cleans up after itself."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,8 +9,9 @@ import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
+import psutil
 import pytest
-from world.gateway import PROJECT, clean_environ, eventually
+from world.gateway import PROJECT, clean_environ, eventually, wait_for
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
 
@@ -48,37 +50,24 @@ def test_only_the_lock_names_a_package_index() -> None:
     assert named == []
 
 
-def descendants(pid: int) -> list[int]:
-    """Every process that `pid` has started, directly or not. Source: /proc/PID/task/TID/children."""
-    try:
-        children = [
-            int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-        ]
-    except OSError:
-        return []
-    return [each for child in children for each in (child, *descendants(child))]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_demo_leaves_nothing_running_when_it_is_interrupted(tmp_path: Path, number: int) -> None:
-    demo = subprocess.Popen(
+    demo = psutil.Popen(
         ["make", "demo"], cwd=PROJECT, env=clean_environ(tmp_path), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert "Stand-ins answer here" in demo.stdout.readline()
 
-    def arguments(pid: int) -> str:
-        """Those of a process, or nothing once it has ended."""
-        try:
-            return Path(f"/proc/{pid}/cmdline").read_text()
-        except OSError:
-            return ""
+    def arguments(process: psutil.Process) -> list[str]:
+        """Those of a process, or none once it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.cmdline()
+        return []
 
-    gateway_runs = eventually(lambda: any("run.yaml" in arguments(pid) for pid in descendants(demo.pid)), 30)
-    assert gateway_runs, "the demo did not start a gateway"
-    started = descendants(demo.pid)
+    wait_for(lambda: any("run.yaml" in arguments(each) for each in demo.children(recursive=True)))
+    started = demo.children(recursive=True)
     if number == signal.SIGINT:  # Ctrl-C reaches the whole process group of the terminal,
         os.killpg(demo.pid, number)
     else:  # and kill one process.
         demo.send_signal(number)
-    assert demo.wait(30) != 0
-    assert eventually(lambda: not any(map(arguments, started)), 30), f"still running: {list(filter(arguments, started))}"
+    assert demo.wait(60) != 0
+    assert eventually(lambda: not any(map(arguments, started))), f"still running: {list(filter(None, map(arguments, started)))}"

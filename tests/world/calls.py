@@ -10,6 +10,7 @@ import yaml
 from .gateway import PROJECT, PROVIDER_DATA
 from .vendors import KEYS
 
+CHAT = "/v1/chat/completions"
 RUN_YAML = yaml.safe_load((PROJECT / "run.yaml").read_text())
 MODELS = [model["model_id"] for model in RUN_YAML["registered_resources"]["models"]]
 
@@ -70,6 +71,11 @@ def streamed_text(response: httpx.Response) -> str:
     return "".join(choice["delta"]["content"] or "" for event in events(response) for choice in event["choices"])
 
 
+def finished(response: httpx.Response) -> bool:
+    """Whether a streamed answer says that it is complete."""
+    return any(choice["finish_reason"] for event in events(response) for choice in event.get("choices", []))
+
+
 def message(response: httpx.Response) -> str:
     """The message of an error answer, in the one shape that OpenAI clients read."""
     return response.json()["error"]["message"]
@@ -81,7 +87,7 @@ def caller(url: str, **settings: Any) -> httpx.Client:
     It opens a connection for each call, because the server closes one after an error without announcing it.
     """
     limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(base_url=url, **{"timeout": 30, "trust_env": False, "limits": limits} | settings)
+    return httpx.Client(base_url=url, **{"timeout": 60, "trust_env": False, "limits": limits} | settings)
 
 
 def arrivals(client: httpx.Client, model: str, prompt: str = "Hello") -> list[float]:

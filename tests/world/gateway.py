@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 
 PROJECT = Path(__file__).parent.parent.parent
 PROVIDER_DATA = "X-LlamaStack-Provider-Data"
@@ -39,10 +41,16 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on, on any address.
+
+    It is below those that the kernel gives to connections and to servers that leave the choice to it, so that only somebody
+    who asks for this very one could take it before its server does.
+    """
+    for port in random.sample(range(10_000, 32_000), 1_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("None of 1,000 ports between 10,000 and 32,000 is free.")
 
 
 class Gateway:
@@ -68,7 +76,7 @@ class Gateway:
         """All that the process has printed so far."""
         return self.log_file.read_text()
 
-    def start(self, seconds: float = 60) -> "Gateway":
+    def start(self, seconds: float = 200) -> "Gateway":
         """Start the process and wait until it answers `health`.
 
         Raises RuntimeError with the end of its log if it exits, or takes longer than `seconds`.
@@ -85,20 +93,18 @@ class Gateway:
                 start_new_session=True,
             )
         try:
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline and self.process.poll() is None:
-                if self.answers():
-                    return self
-                time.sleep(0.1)
-            raise RuntimeError(f"The gateway did not start. The end of its log:\n{self.log[-3000:]}")
+            eventually(lambda: self.process.poll() is not None or self.answers(), seconds)
+            if self.process.poll() is not None or not self.answers():
+                raise RuntimeError(f"The gateway did not start. The end of its log:\n{self.log[-3000:]}")
         except BaseException:
             self.stop()
             raise
+        return self
 
     def answers(self) -> bool:
         """Whether it answers `health`."""
         try:
-            return httpx.get(f"{self.url}{self.health}", trust_env=False, verify=self.trust).is_success
+            return httpx.get(f"{self.url}{self.health}", trust_env=False, verify=self.trust, timeout=30).is_success
         except httpx.HTTPError:
             return False
 
@@ -125,25 +131,30 @@ class Gateway:
         return int(pid)
 
     @property
-    def environ(self) -> dict[str, str]:
-        """The environment that the server was given. Source: /proc/PID/environ."""
-        return dict(item.split("=", 1) for item in Path(f"/proc/{self.server}/environ").read_text().split("\0") if item)
+    def workers(self) -> list[int]:
+        """The process ids of the workers, where there are more than one."""
+        return [int(pid) for pid, *line in processes(self.process.pid) if "spawn_main" in " ".join(line)]
 
-    def of_processes(self, name: str) -> list[list[str]]:
-        """The fields of /proc/PID/`name`, from behind the program's name on, for each process that still lives."""
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment that the server was given."""
+        return psutil.Process(self.server).environ()
+
+    def of_processes(self, measure: Callable[[psutil.Process], float]) -> list[float]:
+        """What `measure` says of each process that still lives."""
         found = []
-        for pid, *_ in processes(self.process.pid):
-            with contextlib.suppress(OSError):
-                found.append(Path(f"/proc/{pid}/{name}").read_text().rpartition(") ")[2].split())
+        for process in session(self.process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(measure(process))
         return found
 
-    def resident(self) -> int:
-        """Resident memory of the largest process, in bytes. Source: proc(5), statm, in pages."""
-        return max(int(fields[1]) for fields in self.of_processes("statm")) * os.sysconf("SC_PAGE_SIZE")
+    def resident(self) -> float:
+        """Resident memory of the largest process, in bytes."""
+        return max(self.of_processes(lambda process: process.memory_info().rss))
 
     def cpu(self) -> float:
-        """CPU time of all processes so far, in seconds. Source: proc(5), stat, utime and stime, in ticks."""
-        return sum(int(fields[11]) + int(fields[12]) for fields in self.of_processes("stat")) / os.sysconf("SC_CLK_TCK")
+        """CPU time of all processes so far, in seconds."""
+        return sum(self.of_processes(lambda process: sum(process.cpu_times()[:2])))
 
     def __enter__(self) -> Self:
         return self.start()
@@ -152,7 +163,7 @@ class Gateway:
         self.stop()
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
     """What `condition` returns as soon as that is true, or at last after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < deadline:
@@ -160,14 +171,17 @@ def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
     return found
 
 
-def listening(port: int) -> list[str]:
-    """The addresses on which this machine listens on a TCP port, in the kernel's hexadecimal: 0100007F is 127.0.0.1.
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> float:
+    """The seconds until `condition` holds. Raises AssertionError after `seconds`."""
+    start = time.monotonic()
+    assert eventually(condition, seconds), f"It did not come to that in {seconds} s."
+    return time.monotonic() - start
 
-    Source: proc(5), /proc/net/tcp and tcp6, where 0A is LISTEN.
-    """
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    sockets = [(*fields[1].split(":"), fields[3]) for fields in lines]
-    return [address for address, number, state in sockets if state == "0A" and int(number, 16) == port]
+
+def listening(port: int) -> list[str]:
+    """The addresses on which this machine listens on a TCP port."""
+    sockets = psutil.net_connections("tcp")
+    return [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port]
 
 
 def copy_project(folder: Path) -> Path:
@@ -181,12 +195,20 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-def processes(leader: int) -> list[tuple[str, ...]]:
-    """The process id and the arguments of every living process in the session that `leader` leads. Source: /proc."""
+def session(leader: int) -> list[psutil.Process]:
+    """Every living process of the session that `leader` leads."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            arguments = (folder / "cmdline").read_text()  # Empty once the process has ended.
-            if arguments and os.getsid(int(folder.name)) == leader:
-                found.append((folder.name, *arguments.split("\0")))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def processes(leader: int) -> list[tuple[str, ...]]:
+    """The process id and the arguments of every living process of the session that `leader` leads."""
+    found = []
+    for process in session(leader):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append((str(process.pid), *process.cmdline()))
     return found

@@ -1,0 +1,30 @@
+"""The lists of `make mutants` are up to date: each change can still be made, and the tests that must notice it exist."""
+
+import ast
+from collections.abc import Iterable
+
+import pytest
+from mutants import Mutant, mutants
+from world.gateway import PROJECT
+
+MUTANTS = mutants()
+
+
+def ids(mutants: Iterable[Mutant]) -> list[str]:
+    return [str(mutant) for mutant in mutants]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=ids(MUTANTS))
+def test_every_mutant_applies_and_names_tests_that_exist(mutant: Mutant) -> None:
+    text = (PROJECT / mutant.file).read_text()
+    assert mutant.applied_to(text) != text
+    assert bool(mutant.tests) != bool(mutant.survives), "A mutant is caught by a test, or survives for a reason."
+    for test in mutant.tests:
+        file, _, name = test.partition("::")
+        tree = ast.parse((PROJECT / file).read_text())
+        assert name.partition("[")[0] in {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+
+
+def test_no_two_mutants_are_the_same() -> None:
+    assert len(set(ids(MUTANTS))) == len(MUTANTS)
+    assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)

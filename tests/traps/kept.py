@@ -1,0 +1,155 @@
+"""What callers send is kept: chats and responses in a database or in memory, and what the log quotes."""
+
+import contextlib
+import sqlite3
+import time
+
+from world.calls import ALL_KEYS, MALFORMED, MODELS, SECRET
+from world.gateway import BY_HAND, Gateway
+
+from . import PROMPT, Bench, Edit, Row, ask_many, patient
+
+LONG_PROMPT = PROMPT * 16  # 64 KB, so that keeping it shows beside what a process grows by anyway.
+
+
+def readable(gateway: Gateway) -> int:
+    """How many chats somebody without any key can read: none from a server that has no database, whose answer is an error."""
+    time.sleep(1)  # The server inserts after it has answered.
+    with patient(gateway) as client:
+        return len(client.get("/v1/chat/completions", params={"limit": 10_000}).json().get("data", []))
+
+
+def on_disk(gateway: Gateway) -> int:
+    """Bytes of the databases that a gateway has made, once what is in their logs has been written to them."""
+    for path in gateway.home.rglob("*.db"):
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return sum(path.stat().st_size for path in gateway.home.rglob("*.db*"))
+
+
+def kept_chats(bench: Bench) -> Row:
+    """The table of chats without its trigger."""
+    count = 200
+
+    def measure(gateway: Gateway) -> str:
+        ask_many(gateway, count)
+        return f"{readable(gateway)} of {count} chats readable by anyone, {on_disk(gateway) / count / 1000:.0f} KB a chat on disk"
+
+    return bench.compare(
+        "a trigger that drops what is inserted into the server's table of chats",
+        "every chat is kept, and `GET /v1/chat/completions` hands it to any caller (4 KB prompts)",
+        measure,
+        Edit(
+            "deploy/keeps-nothing.sql",
+            "CREATE TRIGGER no_chat BEFORE INSERT ON inference_store BEGIN SELECT RAISE(IGNORE); END;",
+            "",
+        ),
+    )
+
+
+def kept_responses(bench: Bench) -> Row:
+    """The table of responses without its trigger."""
+    count = 50
+
+    def measure(gateway: Gateway) -> str:
+        with patient(gateway) as client:
+            for _ in range(count):
+                body = {"model": MODELS[0], "input": PROMPT}
+                client.post("/v1/responses", headers=ALL_KEYS, json=body).raise_for_status()
+            time.sleep(1)  # As above.
+            read = len(client.get("/v1/responses", params={"limit": 100}).json().get("data", []))
+        return f"{read} of {count} responses readable by anyone"
+
+    return bench.compare(
+        "a trigger that drops what is inserted into the server's table of responses",
+        "every response is kept, and `GET /v1/responses` hands it to any caller",
+        measure,
+        Edit(
+            "deploy/keeps-nothing.sql",
+            "CREATE TRIGGER no_response BEFORE INSERT ON responses BEGIN SELECT RAISE(IGNORE); END;",
+            "",
+        ),
+    )
+
+
+def memory_store(bench: Bench) -> Row:
+    """The chats' table in memory, which looks like the simpler way to keep nothing."""
+    warm_up, count = 50, 150
+    backend = "file:${env.SQLITE_STORE_DIR:=~/.llama/distributions/lls-openai}/keeps-nothing.db?mode=rw&uri=true"
+
+    def measure(gateway: Gateway) -> str:
+        readable(gateway)  # The first use makes the table, and chats that come meanwhile are lost.
+        ask_many(gateway, warm_up, prompt=LONG_PROMPT)
+        before = gateway.resident()
+        ask_many(gateway, count, prompt=LONG_PROMPT)
+        grown = (gateway.resident() - before) / count / 1000
+        alone = readable(gateway)
+        failed = ask_many(gateway, count, callers=8)
+        kept = readable(gateway) - alone
+        return f"{grown:.0f} KB more memory a chat; at 8 callers {kept} of {count} chats kept, {failed} calls fail"
+
+    return bench.compare(
+        "a file with those triggers, rather than `:memory:` for the sql backend",
+        "chats are kept in memory, but for those that its one connection loses under concurrent callers (64 KB prompts)",
+        measure,
+        Edit("run.yaml", backend, '":memory:"'),
+        # deploy/serve.sh reads the default in the line that goes.
+        SQLITE_STORE_DIR=str(bench.folder / "unused"),
+    )
+
+
+def by_hand(bench: Bench) -> Row:
+    """A server that is started without deploy/serve.sh, in a folder that exists."""
+    count = 20
+
+    def measure(gateway: Gateway) -> str:
+        store = gateway.home / "store"
+        store.mkdir(parents=True)
+        with gateway:
+            readable(gateway)  # The first use makes the table.
+            failed = ask_many(gateway, count)
+            read = readable(gateway)
+        return f"{read} of {count} chats readable by anyone, {on_disk(gateway) / count / 1000:.0f} KB a chat on disk, {failed} failed"
+
+    def server(*edits: Edit) -> Gateway:
+        gateway = bench.gateway(*edits, command=BY_HAND, LLAMA_STACK_LOG_FORMAT="json")
+        gateway.settings["SQLITE_STORE_DIR"] = str(gateway.home / "store")
+        return gateway
+
+    return Row(
+        "`mode=rw` in the path of the database",
+        "a server started by hand makes the table itself, and keeps every chat",
+        measure(server(Edit("run.yaml", "?mode=rw&", "?"))),
+        measure(server()),
+    )
+
+
+def logged(gateway: Gateway) -> str:
+    """How much of malformed calls is to be found in the log."""
+    before = len(gateway.log)
+    with patient(gateway) as client:
+        for call in MALFORMED:
+            client.post("/v1/chat/completions", **call)
+    time.sleep(1)
+    lines = gateway.log[before:].splitlines()
+    return f"{sum(SECRET in line for line in lines)} of {len(lines)} log lines quote it ({len(MALFORMED)} calls)"
+
+
+def log_level(bench: Bench) -> Row:
+    """The server's own loggers at their usual level."""
+    return bench.compare(
+        "`logging_config: all: critical`",
+        "the server's loggers quote what a malformed call holds",
+        logged,
+        Edit("run.yaml", "all: critical", "all: info"),
+    )
+
+
+def log_filter(bench: Bench) -> Row:
+    """The server's tracebacks, unfiltered."""
+    return bench.compare(
+        "the filter behind the server's log",
+        "tracebacks quote what a malformed call holds",
+        logged,
+        Edit("deploy/serve.sh", 'if [ "$LLAMA_STACK_LOG_FORMAT" = json ]', "if false"),
+    )

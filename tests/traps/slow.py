@@ -1,0 +1,72 @@
+"""What slows the server down."""
+
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import certifi
+import httpx
+from world.calls import ALL_KEYS, WRONG_KEY
+from world.gateway import Gateway
+
+from . import Bench, Edit, Row, Skipped, ask, ask_many, patient
+
+
+def console_logs(bench: Bench) -> Row:
+    """A wrong key, alone; then a good call that is sent a tenth of a second after a wrong one."""
+
+    def seconds(client: httpx.Client, header: dict[str, str]) -> float:
+        start = time.monotonic()
+        ask(client, header=header)
+        return time.monotonic() - start
+
+    def measure(gateway: Gateway) -> str:
+        with patient(gateway) as client, ThreadPoolExecutor(1) as other:
+            alone = statistics.median(seconds(client, WRONG_KEY) for _ in range(3))
+            other.submit(seconds, client, WRONG_KEY)
+            time.sleep(0.1)
+            beside = seconds(client, ALL_KEYS)
+        return f"a wrong key takes {alone:.2f} s, a good call beside one {beside:.2f} s"
+
+    return bench.compare(
+        "`LLAMA_STACK_LOG_FORMAT=json`",
+        "every error is rendered as a rich traceback, and nobody is served meanwhile",
+        measure,
+        Edit("deploy/serve.sh", "LLAMA_STACK_LOG_FORMAT:-json", "LLAMA_STACK_LOG_FORMAT:-console"),
+    )
+
+
+def hashed_cas(bench: Bench) -> Row:
+    """The CAs that httpx trusts by default and the stand-ins' own, once as one file and once as a hashed directory."""
+    count = 200
+    if not shutil.which("openssl"):
+        raise Skipped("There is no openssl command to hash the CAs with.")
+    roots = Path(certifi.where()).read_text() + bench.vendors.ca_file.read_text()
+    bundle, hashed = bench.folder / "bundle.pem", bench.folder / "hashed"
+    bundle.write_text(roots)
+    hashed.mkdir()
+    certificates = re.findall(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n", roots, re.DOTALL)
+    for number, certificate in enumerate(certificates):
+        (hashed / f"{number}.pem").write_text(certificate)
+    subprocess.run(["openssl", "rehash", hashed], check=True, capture_output=True)
+
+    def measure(gateway: Gateway) -> str:
+        # As on a user's machine: serve.sh chooses, so the variable that leads to the stand-ins' CA has to go.
+        with gateway:
+            ask_many(gateway, 20, prompt="Hello")
+            before, start = gateway.cpu(), time.monotonic()
+            if failed := ask_many(gateway, count, prompt="Hello"):
+                raise RuntimeError(f"{failed} of {count} calls failed")
+            spent, took = gateway.cpu() - before, time.monotonic() - start
+        return f"{spent * 1000 / count:.1f} ms of CPU a call, {count / took:.0f} calls/s from one caller"
+
+    return Row(
+        "`SSL_CERT_DIR`, a directory of hashed CAs",
+        f"the server loads a bundle of {len(certificates)} CAs for every call",
+        measure(bench.gateway(SSL_CERT_FILE=str(bundle))),
+        measure(bench.gateway(Edit("deploy/serve.sh", "/etc/ssl/certs", str(hashed)), SSL_CERT_FILE="")),
+    )
