@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import yaml
+from pydantic import BaseModel, Field
 
 from .gateway import PROJECT, PROVIDER_DATA
 from .vendors import KEYS
@@ -42,6 +43,31 @@ def one_key(model: str) -> dict[str, str]:
 def chat(model: str, prompt: str = "Hello", **more: object) -> dict:
     """The body of a chat call."""
     return {"model": model, "messages": [{"role": "user", "content": prompt}]} | more
+
+
+HELLO = [{"role": "user", "content": "Hello"}]
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+
+
+class Weather(BaseModel):
+    """The weather in a city."""
+
+    city: str = Field(description="Its name")
+    degrees: int = 0
+
+
+WEATHER = {
+    "name": "weather",
+    "description": "The weather in a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "unit": {"type": ["string", "null"], "enum": ["C", "F", None]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+WEATHER_TOOL = {"type": "function", "function": WEATHER}
 
 
 # Calls that the server complains about, each with SECRET in it.
