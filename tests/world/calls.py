@@ -67,7 +67,14 @@ WEATHER = {
     },
     "strict": True,
 }
+# As Chat has it, and as Responses has it.
 WEATHER_TOOL = {"type": "function", "function": WEATHER}
+WEATHER_FUNCTION = {"type": "function"} | WEATHER
+
+
+def responses(model: str, prompt: str | list = "Hello", **more: object) -> dict:
+    """The body of a call of the Responses API."""
+    return {"model": model, "input": prompt} | more
 
 
 # Calls that the server complains about, each with SECRET in it.
@@ -94,6 +101,12 @@ def events(response: httpx.Response) -> list[dict]:
 def streamed_text(response: httpx.Response) -> str:
     """The text of a streamed answer."""
     return "".join(choice["delta"]["content"] or "" for event in events(response) for choice in event["choices"])
+
+
+def output_text(response: httpx.Response) -> str:
+    """The text of an answer of the Responses API."""
+    items = [item for item in response.json()["output"] if item["type"] == "message"]
+    return "".join(part["text"] for item in items for part in item["content"])
 
 
 def message(response: httpx.Response) -> str:
