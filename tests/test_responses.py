@@ -253,11 +253,6 @@ def test_the_choice_of_a_tool_arrives(sdk: OpenAI, ends: BothEnds, asked: object
     assert ends.arrived["tool_choice"] == arrives
 
 
-def test_with_no_choice_of_a_tool_none_is_told(sdk: OpenAI, ends: BothEnds) -> None:
-    sdk.responses.create(model=MODELS[0], input="Hello", tools=[WEATHER_FUNCTION], tool_choice="none")
-    assert ends.arrived == STREAMED | HELLO | {"model": "gpt-4o"}
-
-
 def test_parse_into_a_schema(sdk: OpenAI, ends: BothEnds) -> None:
     answer = sdk.responses.parse(model="openai/structured", input="Hello", text_format=Weather)
     assert answer.output_parsed == Weather(city="Paris", degrees=21)
