@@ -29,10 +29,11 @@ test: $(UV)  ## the whole test suite, offline
 rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print what callers noticed
 	$(UV) run --group dev pytest tests/test_balancer.py -m slow -s
 
-libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package index)
-	$(UV) run --isolated --no-project --refresh-package openai --refresh-package langchain-openai \
-	  --refresh-package llama-stack-client --with openai,langchain-openai,llama-stack-client \
-	  --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn pytest tests/test_libraries.py
+libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package indexes)
+	NEWEST_NODE=1 $(UV) run --isolated --no-project --refresh-package openai --refresh-package openai-agents \
+	  --refresh-package langchain-openai --refresh-package llama-stack-client \
+	  --with openai,openai-agents,langchain-openai,llama-stack-client --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn \
+	  pytest $(addprefix tests/test_,openai_sdk.py responses.py agents.py llama_stack_client.py langchain.py node.py)
 
 FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_restarts.py test_serve.py)
 

@@ -10,7 +10,11 @@ CREATE TRIGGER no_chat BEFORE INSERT ON inference_store BEGIN SELECT RAISE(IGNOR
 
 CREATE TABLE responses (id VARCHAR PRIMARY KEY NOT NULL, created_at INTEGER, response_object JSON, model VARCHAR,
   access_attributes JSON, owner_principal VARCHAR);
-CREATE TRIGGER no_response BEFORE INSERT ON responses BEGIN SELECT RAISE(IGNORE); END;
+CREATE TRIGGER no_response BEFORE INSERT ON responses BEGIN
+  -- One that is queued to run in the background would not be found again, while its worker held on to the caller's key.
+  SELECT RAISE(ABORT, 'nothing runs in the background') WHERE json_extract(NEW.response_object, '$.status') = 'queued';
+  SELECT RAISE(IGNORE);
+END;
 
 CREATE TABLE conversation_messages (conversation_id VARCHAR PRIMARY KEY NOT NULL, messages JSON,
   access_attributes JSON, owner_principal VARCHAR);

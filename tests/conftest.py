@@ -6,13 +6,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from world.calls import caller
+from openai import OpenAI
+from world.calls import ALL_KEYS, caller
+from world.ends import BothEnds
 from world.figures import Figure, write
 from world.gateway import Gateway, copy_project
 from world.vendors import Vendors
 
 # The client libraries that the tests use, which may be other releases than those in uv.lock.
-LIBRARIES = ("openai", "langchain-openai", "llama-stack-client")
+LIBRARIES = ("openai", "openai-agents", "langchain-openai", "llama-stack-client")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,6 +61,26 @@ def client(gateway: Gateway) -> Iterator[httpx.Client]:
     """A caller of the gateway."""
     with caller(gateway.url) as client:
         yield client
+
+
+@pytest.fixture
+def ends(vendors: Vendors) -> Iterator[BothEnds]:
+    """Both ends of a library's calls."""
+    ends = BothEnds(vendors)
+    yield ends
+    ends.client.close()
+
+
+@pytest.fixture
+def settings(gateway: Gateway) -> dict:
+    """How an OpenAI client is pointed at the gateway. It insists on a key of its own, which goes nowhere."""
+    return {"base_url": f"{gateway.url}/v1", "api_key": "sk-fake-unused", "default_headers": ALL_KEYS}
+
+
+@pytest.fixture
+def sdk(ends: BothEnds, settings: dict) -> OpenAI:
+    """The OpenAI SDK with its retries switched off: the server has its own."""
+    return OpenAI(**settings, http_client=ends.client, max_retries=0)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import yaml
+from pydantic import BaseModel, Field
 
 from .gateway import PROJECT, PROVIDER_DATA
 from .vendors import KEYS
@@ -45,6 +46,38 @@ def chat(model: str, prompt: str = "Hello", **more: object) -> dict:
     return {"model": model, "messages": [{"role": "user", "content": prompt}]} | more
 
 
+HELLO = [{"role": "user", "content": "Hello"}]
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+
+
+class Weather(BaseModel):
+    """The weather in a city."""
+
+    city: str = Field(description="Its name")
+    degrees: int = 0
+
+
+WEATHER = {
+    "name": "weather",
+    "description": "The weather in a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "unit": {"type": ["string", "null"], "enum": ["C", "F", None]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+# As Chat has it, and as Responses has it.
+WEATHER_TOOL = {"type": "function", "function": WEATHER}
+WEATHER_FUNCTION = {"type": "function"} | WEATHER
+
+
+def responses(model: str, prompt: str | list = "Hello", **more: object) -> dict:
+    """The body of a call of the Responses API."""
+    return {"model": model, "input": prompt} | more
+
+
 # Calls that the server complains about, each with SECRET in it.
 SECRET = "sk-fake-hidden"
 MALFORMED = [
@@ -74,6 +107,12 @@ def streamed_text(response: httpx.Response) -> str:
 def finished(response: httpx.Response) -> bool:
     """Whether a streamed answer says that it is complete."""
     return any(choice["finish_reason"] for event in events(response) for choice in event.get("choices", []))
+
+
+def output_text(response: httpx.Response) -> str:
+    """The text of an answer of the Responses API."""
+    items = [item for item in response.json()["output"] if item["type"] == "message"]
+    return "".join(part["text"] for item in items for part in item["content"])
 
 
 def message(response: httpx.Response) -> str:

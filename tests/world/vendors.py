@@ -34,8 +34,9 @@ HTML_ERROR = "<html><body><h1>502 Bad Gateway</h1></body></html>"
 # What vendors report beside an answer (platform.openai.com/docs/api-reference/debugging-requests).
 REPORTED = {"x-request-id": "req_fake", "x-ratelimit-remaining-requests": "59"}
 
-# What the model `tool-call` asks for, and the JSON text that `structured` answers with.
+# What the models `tool-call` and `tool-calls` ask for, and the JSON text that `structured` answers with.
 TOOL_CALL = {"id": "call_fake", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+TOOL_CALLS = [TOOL_CALL, TOOL_CALL | {"id": "call_two", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
 STRUCTURED = '{"city": "Paris", "degrees": 21}'
 
 
@@ -138,14 +139,23 @@ def vector(text: str, dimensions: int = 8) -> list[float]:
     return [((sum(text.encode()) * (i + 1)) % 97) / 97 for i in range(dimensions)]
 
 
-def deltas(model: str, reply: str) -> Iterator[dict]:
-    """The pieces in which `reply` is streamed: words, or those of a tool call."""
-    if model == "tool-call":
-        function = TOOL_CALL["function"]
-        yield {"tool_calls": [TOOL_CALL | {"index": 0, "function": function | {"arguments": ""}}]}
+def tool_calls(body: dict) -> list[dict]:
+    """The tools that an answer to `body` calls: none once their results are there."""
+    if body["messages"][-1]["role"] == "tool":
+        return []
+    return {"tool-call": [TOOL_CALL], "tool-calls": TOOL_CALLS}.get(body["model"], [])
+
+
+def deltas(model: str, reply: str, calls: list[dict]) -> Iterator[dict]:
+    """The pieces in which `reply` is streamed: words, or those of tool calls."""
+    for i, call in enumerate(calls):
+        function = call["function"]
+        yield {"tool_calls": [call | {"index": i, "function": function | {"arguments": ""}}]}
         for piece in function["arguments"].partition(" "):
-            yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
-    elif model.startswith("big-"):
+            yield {"tool_calls": [{"index": i, "function": {"arguments": piece}}]}
+    if calls:
+        return
+    if model.startswith("big-"):
         for start in range(0, len(reply), 10_000):
             yield {"content": reply[start : start + 10_000]}
     else:
@@ -156,7 +166,8 @@ def deltas(model: str, reply: str) -> Iterator[dict]:
 async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIterator[bytes]:
     """A streamed answer as server-sent events, or what is left of it when `model` names a fault."""
     reply = answer_text(vendor, model, prompt)
-    done = "tool_calls" if model == "tool-call" else "stop"
+    calls = tool_calls(body)
+    done = "tool_calls" if calls else "length" if model == "length" else "stop"
     pause = float(model.removeprefix("every-")) if model.startswith("every-") else 0.3 if model == "slow" else 0
     head = {"id": new_id(), "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model}
 
@@ -165,7 +176,7 @@ async def chunks(vendor: Vendor, model: str, prompt: str, body: dict) -> AsyncIt
         return f"data: {json.dumps(chunk)}\n\n".encode()
 
     yield event({"role": "assistant", "content": ""})
-    pieces = list(deltas(model, reply))
+    pieces = list(deltas(model, reply, calls))
     for i, piece in enumerate(pieces):
         if i == 3:
             if model == "hang-up":
@@ -203,7 +214,8 @@ def answer_text(vendor: Vendor, model: str, prompt: str) -> str:
 async def answer_chat(vendor: Vendor, body: dict) -> Response:
     """POST chat/completions. Models that do something else than talk:
 
-    `tool-call` calls a tool, `structured` answers with JSON and `logprobs` with the odds of its first word.
+    `tool-call` calls a tool and `tool-calls` one twice at once, until the results are there; `structured` answers with JSON,
+    `logprobs` with the odds of its first word, `length` with an end that is out of tokens.
 
     Models that misbehave:
 
@@ -233,9 +245,13 @@ async def answer_chat(vendor: Vendor, body: dict) -> Response:
     if model == "stall":
         await asyncio.Event().wait()
     reply = answer_text(vendor, model, prompt)
-    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
-    if model == "tool-call":
-        choice |= {"message": {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}, "finish_reason": "tool_calls"}
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": reply},
+        "finish_reason": "length" if model == "length" else "stop",
+    }
+    if calls := tool_calls(body):
+        choice |= {"message": {"role": "assistant", "content": None, "tool_calls": calls}, "finish_reason": "tool_calls"}
     if model == "logprobs":
         odds = {"token": "This", "logprob": -0.1, "bytes": [84, 104, 105, 115]}
         choice["logprobs"] = {"content": [odds | {"top_logprobs": [odds]}], "refusal": None}

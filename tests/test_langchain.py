@@ -1,0 +1,80 @@
+"""LangChain on the running gateway: what it sends reaches the vendor, what the vendor answers reaches it."""
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from world.calls import EMBEDDINGS, MODELS, PIXEL, WEATHER_TOOL, Weather
+from world.ends import BothEnds
+from world.vendors import KEYS, vector
+
+
+def langchain(ends: BothEnds, settings: dict, model: str, **more: Any) -> ChatOpenAI:
+    return ChatOpenAI(model=model, http_client=ends.client, max_retries=0, **settings, **more)
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+def test_invoke_and_stream(ends: BothEnds, settings: dict, vendor: str) -> None:
+    llm = langchain(ends, settings, f"{vendor}/any-model", temperature=0)
+    assert llm.invoke("Hello").content.endswith("You said: Hello")
+    ends.assert_unchanged()
+    chunks = list(llm.stream("Hello"))
+    assert "".join(chunk.content for chunk in chunks).endswith("You said: Hello")
+    assert any(chunk.response_metadata.get("finish_reason") == "stop" for chunk in chunks)
+    ends.assert_unchanged()
+
+
+def test_async(ends: BothEnds, settings: dict) -> None:
+    async def calls() -> None:
+        async with ends.async_client() as http:
+            llm = langchain(ends, settings, MODELS[0], http_async_client=http)
+            assert (await llm.ainvoke("Hello")).content.endswith("You said: Hello")
+            assert len([chunk async for chunk in llm.astream("Hello")]) > 5
+            ends.assert_unchanged()
+
+    asyncio.run(calls())
+
+
+def test_tools(ends: BothEnds, settings: dict) -> None:
+    llm = langchain(ends, settings, "openai/tool-call").bind_tools([WEATHER_TOOL], tool_choice="weather")
+    answer = llm.invoke("Hello")
+    assert answer.tool_calls[0]["name"] == "weather"
+    assert answer.tool_calls[0]["args"] == {"city": "Paris"}
+    ends.assert_unchanged()
+    llm.invoke([HumanMessage("Hello"), AIMessage("", tool_calls=answer.tool_calls), ToolMessage("21", tool_call_id="call_fake")])
+    ends.assert_unchanged()
+
+
+def test_streamed_tool_call(ends: BothEnds, settings: dict) -> None:
+    first, *rest = langchain(ends, settings, "openai/tool-call").bind_tools([WEATHER_TOOL]).stream("Hello")
+    assert sum(rest, first).tool_calls[0]["args"] == {"city": "Paris"}
+    ends.assert_unchanged()
+
+
+def test_structured_output(ends: BothEnds, settings: dict) -> None:
+    llm = langchain(ends, settings, "openai/structured").with_structured_output(Weather)
+    assert llm.invoke("Hello") == Weather(city="Paris", degrees=21)
+    ends.assert_unchanged()
+
+
+def test_image(ends: BothEnds, settings: dict) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
+    langchain(ends, settings, MODELS[0]).invoke([HumanMessage(parts)])
+    ends.assert_unchanged()
+
+
+def test_raises_the_error_of_the_vendors_status(ends: BothEnds, settings: dict) -> None:
+    with pytest.raises(openai.RateLimitError, match="Anthropic says 429"):
+        langchain(ends, settings, "anthropic/status-429").invoke("Hello")
+
+
+@pytest.mark.parametrize("model", EMBEDDINGS)
+def test_embeddings(ends: BothEnds, settings: dict, model: str) -> None:
+    """It would count tokens with an encoding that it downloads, unless it is told that the length needs no check."""
+    embeddings = OpenAIEmbeddings(model=model, http_client=ends.client, check_embedding_ctx_length=False, **settings)
+    assert embeddings.embed_documents(["a text", "another"])[1] == pytest.approx(vector("another"))
+    assert embeddings.embed_query("a text") == pytest.approx(vector("a text"))
+    assert ends.arrived == ends.sent | {"model": model.partition("/")[2]}

@@ -1,0 +1,67 @@
+"""llama-stack-client on the running gateway: what it sends reaches the vendor, what the vendor answers reaches it."""
+
+import asyncio
+import json
+
+import httpx
+import llama_stack_client
+import pytest
+from llama_stack_client import AsyncLlamaStackClient, LlamaStackClient
+from world.calls import ALL_KEYS, EMBEDDINGS, HELLO, MODELS, WEATHER_TOOL
+from world.ends import BothEnds
+from world.gateway import PROVIDER_DATA, Gateway
+from world.vendors import vector
+
+
+@pytest.fixture
+def provider_data() -> dict:
+    return json.loads(ALL_KEYS[PROVIDER_DATA])
+
+
+def test_chat_and_embeddings(gateway: Gateway, ends: BothEnds, provider_data: dict) -> None:
+    stack = LlamaStackClient(base_url=gateway.url, provider_data=provider_data, http_client=ends.client)
+    answer = stack.chat.completions.create(model=MODELS[0], messages=HELLO, tools=[WEATHER_TOOL])
+    assert answer.choices[0].message.content.endswith("You said: Hello")
+    ends.assert_unchanged()
+    stream = stack.chat.completions.create(model=MODELS[4], messages=HELLO, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).endswith("You said: Hello")
+    ends.assert_unchanged()
+    assert ends.vendors.seen[-1].vendor == "anthropic"
+    answer = stack.embeddings.create(model=EMBEDDINGS[1], input="a text")
+    assert answer.data[0].embedding == pytest.approx(vector("a text"))
+
+
+def test_lists_the_models(gateway: Gateway, ends: BothEnds) -> None:
+    """Without keys: with them, the vendors' own models are listed as well."""
+    stack = LlamaStackClient(base_url=gateway.url, http_client=ends.client)
+    assert [model.id for model in stack.models.list()] == MODELS
+
+
+def test_raises_the_error_of_the_vendors_status(gateway: Gateway, ends: BothEnds, provider_data: dict) -> None:
+    settings = {"provider_data": provider_data, "http_client": ends.client, "max_retries": 0}
+    stack = LlamaStackClient(base_url=gateway.url, **settings)
+    for status, error in {
+        401: llama_stack_client.AuthenticationError,
+        404: llama_stack_client.NotFoundError,
+        429: llama_stack_client.RateLimitError,
+    }.items():
+        with pytest.raises(error, match=f"OpenAI says {status}"):
+            stack.chat.completions.create(model=f"openai/status-{status}", messages=HELLO)
+
+
+def test_of_another_minor_version_is_refused(client: httpx.Client) -> None:
+    response = client.get("/v1/models", headers={"X-LlamaStack-Client-Version": "0.6.0"})
+    assert response.status_code == 426
+    assert "0.6.0 is not compatible" in response.json()["error"]["message"]
+
+
+def test_async(gateway: Gateway, ends: BothEnds, provider_data: dict) -> None:
+    async def calls() -> None:
+        settings = {"provider_data": provider_data, "http_client": ends.async_client()}
+        async with AsyncLlamaStackClient(base_url=gateway.url, **settings) as stack:
+            stream = await stack.chat.completions.create(model=MODELS[3], messages=HELLO, stream=True)
+            words = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            assert "".join(words).endswith("You said: Hello")
+            ends.assert_unchanged()
+
+    asyncio.run(calls())

@@ -1,0 +1,357 @@
+"""The Responses API on the running gateway, by hand and with the OpenAI SDK: both ends of each call compared."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable
+from itertools import groupby
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from world.calls import (
+    ALL_KEYS,
+    MODELS,
+    PIXEL,
+    WEATHER_FUNCTION,
+    Weather,
+    events,
+    one_key,
+    output_text,
+    responses,
+    vendor_of,
+)
+from world.ends import BothEnds
+from world.gateway import PROVIDER_DATA
+from world.vendors import KEYS, STRUCTURED, TOOL_CALL, TOOL_CALLS, Vendors, text_of
+
+# What the server adds to each call: it always streams from the vendor.
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+
+# Chat's shape for a tool, in which the server leaves the type that Responses has beside the name.
+TOLD = {"type": "function", "function": WEATHER_FUNCTION}
+
+
+@pytest.mark.parametrize("form", [lambda model: ALL_KEYS, one_key], ids=["one header", "one key"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_answers(client: httpx.Client, vendors: Vendors, model: str, form: Callable[[str], dict[str, str]]) -> None:
+    for stream in (False, True):
+        prompt = f"Hello, {model}, {form is one_key}, {stream}"
+        answer = client.post("/v1/responses", headers=form(model), json=responses(model, prompt, stream=stream))
+        assert answer.status_code == 200
+        if stream:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            deltas = [event["delta"] for event in events(answer) if event["type"] == "response.output_text.delta"]
+            assert len(deltas) > 5
+            assert "".join(deltas).endswith(f"You said: {prompt}")
+            final = events(answer)[-1]["response"]
+        else:
+            assert output_text(answer).endswith(f"You said: {prompt}")
+            final = answer.json()
+        assert (final["object"], final["status"], final["model"]) == ("response", "completed", model)
+        (seen,) = vendors.seen_with(prompt)
+        assert (seen.vendor, seen.key) == (vendor_of(model), f"Bearer {KEYS[vendor_of(model)]}")
+        assert seen.json == STREAMED | {
+            "model": model.partition("/")[2],
+            "messages": [{"role": "user", "content": prompt}],
+        }
+        assert "x-llamastack-provider-data" not in seen.headers
+
+
+def test_each_vendor_sees_its_own_key_alone(client: httpx.Client, vendors: Vendors) -> None:
+    for model in MODELS:
+        for stream in (False, True):
+            prompt = f"whose key, {model}, {stream}"
+            assert client.post("/v1/responses", headers=ALL_KEYS, json=responses(model, prompt, stream=stream)).is_success
+            (seen,) = vendors.seen_with(prompt)
+            text = json.dumps(seen.headers) + seen.body.decode()
+            assert [key for key in KEYS.values() if key in text] == [KEYS[vendor_of(model)]]
+
+
+def test_the_one_key_form_ignores_the_callers_url(client: httpx.Client, vendors: Vendors) -> None:
+    data = {"passthrough_api_key": KEYS["anthropic"], "passthrough_url": "https://evil.example"}
+    call = responses("anthropic/any-model", "where does this response go")
+    assert client.post("/v1/responses", headers={PROVIDER_DATA: json.dumps(data)}, json=call).is_success
+    (seen,) = vendors.seen_with("where does this response go")
+    assert seen.vendor == "anthropic"
+    assert vendors.strangers == []
+
+
+def test_without_a_header_no_key_is_sent(client: httpx.Client, vendors: Vendors) -> None:
+    answer = client.post("/v1/responses", json=responses(MODELS[0], "no key here"))
+    assert answer.status_code == 500
+    assert "Incorrect API key" in answer.text
+    assert {seen.key for seen in vendors.seen_with("no key here")} == {None}
+
+
+# The stream
+
+
+def kinds(stream: list[dict]) -> list[str]:
+    """The types of a stream's events, with those that repeat said once."""
+    return [kind for kind, _ in groupby(event["type"].removeprefix("response.") for event in stream)]
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+def test_a_stream_has_the_events_that_openai_documents(client: httpx.Client, vendor: str) -> None:
+    """In their order and numbered; output_text.done, which would come before content_part.done, is missing."""
+    answer = client.post("/v1/responses", headers=ALL_KEYS, json=responses(f"{vendor}/any", stream=True))
+    stream = events(answer)
+    assert kinds(stream) == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert [event["sequence_number"] for event in stream] == list(range(len(stream)))
+    text = "".join(event["delta"] for event in stream if event["type"] == "response.output_text.delta")
+    by_kind = {event["type"].removeprefix("response."): event for event in stream}
+    (item,) = by_kind["completed"]["response"]["output"]
+    assert by_kind["content_part.done"]["part"]["text"] == item["content"][0]["text"] == text
+    assert by_kind["output_item.done"]["item"] == item
+    assert {event["item_id"] for event in stream if "item_id" in event} == {item["id"]}
+    assert {event["response"]["id"] for event in stream if "response" in event} == {by_kind["created"]["response"]["id"]}
+
+
+def test_a_streamed_tool_call_has_the_events_that_openai_documents(client: httpx.Client) -> None:
+    call = responses("openai/tool-call", stream=True, tools=[WEATHER_FUNCTION])
+    stream = events(client.post("/v1/responses", headers=ALL_KEYS, json=call))
+    assert kinds(stream) == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+    arguments = "".join(event["delta"] for event in stream if "delta" in event)
+    assert arguments == TOOL_CALL["function"]["arguments"]
+    (item,) = stream[-1]["response"]["output"]
+    assert (item["type"], item["call_id"], item["arguments"]) == ("function_call", TOOL_CALL["id"], arguments)
+
+
+def test_usage_is_the_vendors(client: httpx.Client) -> None:
+    for stream in (False, True):
+        answer = client.post("/v1/responses", headers=ALL_KEYS, json=responses(MODELS[0], "one two three", stream=stream))
+        final = events(answer)[-1]["response"] if stream else answer.json()
+        words = len(final["output"][0]["content"][0]["text"].split())
+        usage = {name: final["usage"][name] for name in ("input_tokens", "output_tokens", "total_tokens")}
+        assert usage == {"input_tokens": 3, "output_tokens": words, "total_tokens": 3 + words}
+
+
+def test_an_answer_that_ran_out_of_tokens_is_incomplete(client: httpx.Client) -> None:
+    call = responses("openai/length", max_output_tokens=16)
+    answer = client.post("/v1/responses", headers=ALL_KEYS, json=call).json()
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "length"})
+    stream = events(client.post("/v1/responses", headers=ALL_KEYS, json=call | {"stream": True}))
+    assert stream[-1]["type"] == "response.incomplete"
+
+
+# The OpenAI SDK
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+def test_create(sdk: OpenAI, ends: BothEnds, vendor: str) -> None:
+    answer = sdk.responses.create(model=f"{vendor}/any-model", input="Hello", instructions="Be brief.", temperature=0)
+    assert answer.output_text.endswith("You said: Hello")
+    assert (answer.model, answer.instructions, answer.status) == (f"{vendor}/any-model", "Be brief.", "completed")
+    system = {"role": "system", "content": "Be brief."}
+    assert ends.arrived == STREAMED | {
+        "model": "any-model",
+        "messages": [system, *HELLO["messages"]],
+        "temperature": 0,
+    }
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+def test_streams(sdk: OpenAI, vendor: str) -> None:
+    stream = list(sdk.responses.create(model=f"{vendor}/any-model", input="Hello", stream=True))
+    text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert text.endswith("You said: Hello")
+    assert stream[-1].type == "response.completed"
+    assert stream[-1].response.output_text == text
+
+
+def test_stream_helper(sdk: OpenAI, ends: BothEnds) -> None:
+    with sdk.responses.stream(model=MODELS[4], input="Hello") as stream:
+        kinds = Counter(event.type for event in stream)
+        assert stream.get_final_response().output_text.endswith("You said: Hello")
+    assert kinds["response.output_text.delta"] > 5
+    assert ends.arrived == STREAMED | HELLO | {"model": "claude-haiku-4-5-20251001"}
+
+
+def test_async(ends: BothEnds, settings: dict) -> None:
+    async def calls() -> None:
+        async with AsyncOpenAI(**settings, http_client=ends.async_client()) as sdk:
+            ask = sdk.responses.create
+            prompts = [f"caller {i} of responses" for i in range(8)]
+            answers = await asyncio.gather(*(ask(model=MODELS[i % 5], input=prompt) for i, prompt in enumerate(prompts)))
+            for prompt, answer in zip(prompts, answers, strict=True):
+                assert answer.output_text.endswith(f"You said: {prompt}")
+
+    asyncio.run(calls())
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+def test_a_function_tool_and_its_output(sdk: OpenAI, ends: BothEnds, vendor: str) -> None:
+    question = {"model": f"{vendor}/tool-call", "tools": [WEATHER_FUNCTION], "tool_choice": "auto", "parallel_tool_calls": False}
+    answer = sdk.responses.create(input="Hello", **question)
+    told = STREAMED | {"model": "tool-call", "tools": [TOLD], "tool_choice": "auto", "parallel_tool_calls": False}
+    assert ends.arrived == told | HELLO
+    (call,) = answer.output
+    assert (call.type, call.call_id, call.name) == ("function_call", TOOL_CALL["id"], "weather")
+    assert json.loads(call.arguments) == {"city": "Paris"}
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": '{"degrees": 21}'}
+    answer = sdk.responses.create(input=[*HELLO["messages"], *answer.output, output], **question)
+    assert answer.output_text.endswith('You said: {"degrees": 21}')
+    assert ends.arrived == told | {
+        "messages": [
+            *HELLO["messages"],
+            {"role": "assistant", "tool_calls": [{"index": 0} | TOOL_CALL]},
+            {"role": "tool", "tool_call_id": TOOL_CALL["id"], "content": '{"degrees": 21}'},
+        ]
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["regular", "stream"])
+def test_parallel_tool_calls_and_their_outputs(sdk: OpenAI, ends: BothEnds, stream: bool) -> None:
+    question = {"model": "openai/tool-calls", "tools": [WEATHER_FUNCTION]}
+    if stream:
+        with sdk.responses.stream(input="Hello", **question) as events:
+            answer = events.get_final_response()
+    else:
+        answer = sdk.responses.create(input="Hello", **question)
+    assert [(call.call_id, call.arguments) for call in answer.output] == [
+        (call["id"], call["function"]["arguments"]) for call in TOOL_CALLS
+    ]
+    calls = [item.model_dump(include={"type", "call_id", "name", "arguments"}) for item in answer.output]
+    outputs = [{"type": "function_call_output", "call_id": call["call_id"], "output": call["arguments"]} for call in calls]
+    # In whatever order the outputs come, each stands behind its call.
+    sdk.responses.create(input=[*HELLO["messages"], *calls, *reversed(outputs)], **question)
+    assert [message.get("tool_call_id") for message in ends.arrived["messages"] if message["role"] == "tool"] == [
+        call["id"] for call in TOOL_CALLS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "arrives"),
+    [
+        ("required", "required"),
+        ({"type": "function", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
+    ],
+    ids=["required", "by name"],
+)
+def test_the_choice_of_a_tool_arrives(sdk: OpenAI, ends: BothEnds, asked: object, arrives: object) -> None:
+    sdk.responses.create(model=MODELS[0], input="Hello", tools=[WEATHER_FUNCTION], tool_choice=asked)
+    assert ends.arrived["tool_choice"] == arrives
+
+
+def test_parse_into_a_schema(sdk: OpenAI, ends: BothEnds) -> None:
+    answer = sdk.responses.parse(model="openai/structured", input="Hello", text_format=Weather)
+    assert answer.output_parsed == Weather(city="Paris", degrees=21)
+    schema = ends.arrived["response_format"]["json_schema"]
+    assert schema["schema"]["properties"]["degrees"]["type"] == "integer"
+    with sdk.responses.stream(model="openai/structured", input="Hello", text_format=Weather) as stream:
+        assert stream.get_final_response().output_parsed == Weather(city="Paris", degrees=21)
+
+
+def test_parsed_tool_call(sdk: OpenAI) -> None:
+    tool = openai.pydantic_function_tool(Weather, name="weather")
+    answer = sdk.responses.parse(model="openai/tool-call", input="Hello", tools=[tool])
+    assert answer.output[0].parsed_arguments == Weather(city="Paris")
+
+
+def test_json_object(sdk: OpenAI, ends: BothEnds) -> None:
+    answer = sdk.responses.create(model="openai/structured", input="Hello", text={"format": {"type": "json_object"}})
+    assert answer.output_text == STRUCTURED
+    assert ends.arrived["response_format"] == {"type": "json_object"}
+
+
+def test_images_and_files(sdk: OpenAI, ends: BothEnds) -> None:
+    parts = [
+        {"type": "input_text", "text": "What is this?"},
+        {"type": "input_image", "image_url": PIXEL, "detail": "low"},
+        {"type": "input_image", "image_url": "https://example.com/cat.png", "detail": "high"},
+        {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="},
+    ]
+    sdk.responses.create(model=MODELS[0], input=[{"role": "user", "content": parts}])
+    assert ends.arrived["messages"][0]["content"] == [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": PIXEL, "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": "https://example.com/cat.png", "detail": "high"}},
+        {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}},
+    ]
+
+
+def test_an_image_as_a_tools_output_arrives_as_the_users(sdk: OpenAI, ends: BothEnds) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "weather", "arguments": "{}"}
+    output = [{"type": "input_text", "text": "Here."}, {"type": "input_image", "image_url": PIXEL, "detail": "auto"}]
+    history = [*HELLO["messages"], call, {"type": "function_call_output", "call_id": "c", "output": output}]
+    sdk.responses.create(model=MODELS[0], input=history, tools=[WEATHER_FUNCTION])
+    _, _, tool, user = ends.arrived["messages"]
+    assert (tool["role"], text_of([tool])) == ("tool", "Here.")
+    assert (user["role"], user["content"][0]["image_url"]["url"]) == ("user", PIXEL)
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+def test_several_turns_by_sending_the_history(sdk: OpenAI, ends: BothEnds, vendor: str) -> None:
+    history: list = [{"role": "developer", "content": "Count."}]
+    for turn in ("one", "two", "three"):
+        history.append({"role": "user", "content": turn})
+        answer = sdk.responses.create(model=f"{vendor}/any", input=history)
+        assert answer.output_text.endswith(f"You said: {turn}")
+        history += answer.output
+    roles = [message["role"] for message in ends.arrived["messages"]]
+    assert roles == ["developer", "user", "assistant", "user", "assistant", "user"]
+    assert text_of(ends.arrived["messages"][:3]).endswith("You said: one")
+
+
+def test_parameters_that_arrive(sdk: OpenAI, ends: BothEnds) -> None:
+    sdk.responses.create(
+        model=MODELS[0],
+        input="Hello",
+        max_output_tokens=100,
+        prompt_cache_key="k",
+        reasoning={"effort": "low"},
+        safety_identifier="s",
+        service_tier="flex",
+        store=False,
+        temperature=0.5,
+        top_logprobs=2,
+        top_p=0.9,
+        user="u",
+        extra_body={"presence_penalty": -0.5, "frequency_penalty": 0.5},
+    )
+    assert ends.arrived == STREAMED | HELLO | {
+        "model": "gpt-4o",
+        "max_completion_tokens": 100,
+        "prompt_cache_key": "k",
+        "reasoning_effort": "low",
+        "safety_identifier": "s",
+        "service_tier": "flex",
+        "temperature": 0.5,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "top_p": 0.9,
+        "user": "u",
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.5,
+    }
+
+
+def test_logprobs(sdk: OpenAI, ends: BothEnds) -> None:
+    sdk.responses.create(model=MODELS[0], input="Hello", include=["message.output_text.logprobs"])
+    assert ends.arrived["logprobs"] is True
+
+
+def test_the_sdks_own_key_goes_nowhere(sdk: OpenAI, ends: BothEnds) -> None:
+    sdk.responses.create(model=MODELS[0], input="Hello")
+    assert ends.requests[-1].headers["authorization"] == "Bearer sk-fake-unused"
+    assert "sk-fake-unused" not in str(ends.vendors.seen[-1])
