@@ -1,10 +1,15 @@
 # uv from this machine, or else installed into the project by Python's own venv and pip.
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 
-# .python-version asks for 3.12; where there is none, any later Python serves.
-ifeq (,$(shell command -v python3.12))
-export UV_PYTHON ?= >=3.12
-endif
+# PROMPT and MODEL reach `make client` as they were typed, whatever is in them: make reads no $ there, and the shell no quote.
+# Only from make's own command line, because zsh has a PROMPT too.
+typed = $(if $(findstring command,$(origin $1)),$(value $1))
+override PROMPT := $(call typed,PROMPT)
+override MODEL := $(call typed,MODEL)
+export PROMPT MODEL
+
+# All that is not in the project itself comes with the first run.
+FETCH = @[ -d .venv ] || echo "The first run fetches packages: TODO MB, in a minute or so. Later runs need no internet." >&2
 
 .PHONY: help server client demo test rolling libraries faults traps bench profile
 
@@ -15,8 +20,9 @@ help:  ## list the targets
 server: $(UV)  ## start the gateway on http://localhost:8321, no key needed; EGRESS=1 keeps connections to the vendors warm
 	@exec $(UV) run deploy/$(if $(filter 1,$(EGRESS)),egress/)serve.sh
 
-client: $(UV)  ## run main.py with the keys of .env
-	@$(UV) run python main.py
+client: $(UV)  ## run main.py with the keys of .env; PROMPT="..." and MODEL="provider/model ..." are passed on
+	$(FETCH)
+	@set -f; for model in $$MODEL; do set -- "$$@" -m "$$model"; done; exec $(UV) run python main.py "$$@" $${PROMPT:+-- "$$PROMPT"}
 
 demo: $(UV)  ## no keys, no internet: stand-in vendors, the gateway and main.py together
 	@$(UV) run --group dev python tests/demo.py
