@@ -1,10 +1,15 @@
 # uv from this machine, or else installed into the project by Python's own venv and pip.
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 
-# .python-version asks for 3.12; where there is none, any later Python serves.
-ifeq (,$(shell command -v python3.12))
-export UV_PYTHON ?= >=3.12
-endif
+# PROMPT and MODEL reach `make client` as they were typed, whatever is in them: make reads no $ there, and the shell no quote.
+# Only from make's own command line, because zsh has a PROMPT too.
+typed = $(if $(findstring command,$(origin $1)),$(value $1))
+override PROMPT := $(call typed,PROMPT)
+override MODEL := $(call typed,MODEL)
+export PROMPT MODEL
+
+# What a target needs is fetched when it first runs.
+first = @[ -d .venv ] || echo "The first run fetches packages ($1 MB), which may take a minute. Later ones need no internet." >&2
 
 .PHONY: help server client demo test rolling libraries faults traps mutants bench profile
 
@@ -13,15 +18,19 @@ help:  ## list the targets
 	  printf '%-14s %s\n' "$$target" "$$what"; done
 
 server: $(UV)  ## start the gateway on http://localhost:8321, no key needed; EGRESS=1 keeps connections to the vendors warm
+	$(call first,35)
 	@exec $(UV) run deploy/$(if $(filter 1,$(EGRESS)),egress/)serve.sh
 
-client: $(UV)  ## run main.py with the keys of .env
-	@$(UV) run python main.py
+client: $(UV)  ## run main.py with the keys of .env; PROMPT="..." and MODEL="provider/model ..." are passed on
+	$(call first,35)
+	@set -f; for model in $$MODEL; do set -- "$$@" -m "$$model"; done; exec $(UV) run python main.py "$$@" $${PROMPT:+-- "$$PROMPT"}
 
-demo: $(UV)  ## no keys, no internet: stand-in vendors, the gateway and main.py together
+demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together
+	$(call first,70)
 	@$(UV) run --group dev python tests/demo.py
 
-test: $(UV)  ## the whole test suite, offline
+test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
+	$(call first,105)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
 	$(UV) run --group dev --group deploy pytest -n 2 --dist loadfile
@@ -53,5 +62,6 @@ profile: $(UV)  ## where the server's time goes, sampled with py-spy
 	@PYTHONPATH=tests $(UV) run --group dev python -m bench.profiling
 
 .uv/bin/uv:
-	python3 -m venv .uv
-	.uv/bin/pip install --quiet --disable-pip-version-check uv
+	@echo "This machine has no uv, which installs packages. Fetching one into .uv (17 MB) ..." >&2
+	@python3 -m venv .uv
+	@.uv/bin/pip install --quiet --disable-pip-version-check uv
