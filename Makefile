@@ -6,7 +6,7 @@ ifeq (,$(shell command -v python3.12))
 export UV_PYTHON ?= >=3.12
 endif
 
-.PHONY: help server client demo test rolling libraries faults traps bench profile
+.PHONY: help server client demo test image rolling libraries faults traps bench profile
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -25,6 +25,9 @@ test: $(UV)  ## the whole test suite, offline
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
 	$(UV) run --group dev --group deploy pytest -n 2 --dist loadfile
+
+image: $(UV)  ## build the container image with podman, run it and ask every model through it
+	$(UV) run --group dev pytest tests/test_image.py -m slow -s
 
 rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print what callers noticed
 	$(UV) run --group dev pytest tests/test_balancer.py -m slow -s
