@@ -11,15 +11,15 @@ export PROMPT MODEL
 # What a target needs is fetched when it first runs.
 first = @[ -d .venv ] || echo "The first run fetches packages ($1 MB), which may take a minute. Later ones need no internet." >&2
 
-.PHONY: help server client demo test rolling libraries faults traps mutants bench profile
+.PHONY: help server client demo test image rolling libraries faults traps mutants bench profile
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
 	  printf '%-14s %s\n' "$$target" "$$what"; done
 
-server: $(UV)  ## start the gateway on http://localhost:8321, no key needed; EGRESS=1 keeps connections to the vendors warm
+server: $(UV)  ## start the gateway on http://localhost:8321, no key needed
 	$(call first,35)
-	@exec $(UV) run deploy/$(if $(filter 1,$(EGRESS)),egress/)serve.sh
+	@$(UV) sync --quiet --inexact && PATH="$${UV_PROJECT_ENVIRONMENT:-$(CURDIR)/.venv}/bin:$$PATH" EGRESS="$(EGRESS)" exec deploy/serve.sh
 
 client: $(UV)  ## run main.py with the keys of .env; PROMPT="..." and MODEL="provider/model ..." are passed on
 	$(call first,35)
@@ -34,6 +34,9 @@ test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
 	$(UV) run --group dev --group deploy pytest -n 2 --dist loadfile
+
+image: $(UV)  ## build the container image with podman, run it and ask every model through it
+	$(UV) run --group dev pytest tests/test_image.py -m slow -s
 
 rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print what callers noticed
 	$(UV) run --group dev pytest tests/test_balancer.py -m slow -s

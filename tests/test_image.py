@@ -1,0 +1,203 @@
+"""The container image. `make image` has podman build and run it; what its file says is checked without an engine."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from world.calls import ALL_KEYS, MODELS, chat, events
+from world.gateway import PROJECT, Gateway, free_port
+from world.image import commands, copied, environ, matches, stages, values
+from world.vendors import Vendors
+
+# Some machines do not let podman set limits as high as it would by itself.
+LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
+
+
+def podman(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run podman in the project's folder. Its complaints fail the test, unless `check` is false."""
+    done = subprocess.run(["podman", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0 or not check, done.stdout + done.stderr
+    return done
+
+
+# --- what the file says ---
+
+
+def test_hadolint_has_no_complaint() -> None:
+    done = subprocess.run(["hadolint", "deploy/Containerfile"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_file_that_the_start_reads_is_handed_to_the_builder_and_taken() -> None:
+    """All but the egress proxy's, which the image has not."""
+    script = re.sub(r"^\s*#.*", "", (PROJECT / "deploy/serve.sh").read_text(), flags=re.MULTILINE)
+    read = set(re.findall(r"\bdeploy/[\w./-]+|\brun\.yaml", script)) | {"deploy/serve.sh"}
+    taken = {file for file in read if not file.startswith("deploy/egress/")}
+    assert {"run.yaml", "deploy/keeps-nothing.sql"} <= taken
+    handed = [line[1:] for line in (PROJECT / "deploy/Containerfile.dockerignore").read_text().splitlines() if line[0] == "!"]
+    for file in taken:
+        assert matches(file, copied(stages()[-1])), f"{file} is not copied into the image"
+    for file in taken | {"pyproject.toml", "uv.lock"}:
+        assert matches(file, handed), f"{file} is not handed to the builder"
+    assert environ()["EGRESS"] == "0"
+
+
+def test_nothing_else_is_handed_to_the_builder() -> None:
+    """A .env or a .git in a layer of the image would be read by everyone who pulls it."""
+    lines = (PROJECT / "deploy/Containerfile.dockerignore").read_text().splitlines()
+    assert [line for line in lines if line[0] not in "#!"] == ["*"]
+    handed = [line[1:] for line in lines if line[0] == "!"]
+    assert not [file for file in (".env", ".git", "deploy/tls.key", "deploy/kubernetes/deployment.yaml") if matches(file, handed)]
+
+
+def test_the_image_is_reached_from_outside_by_the_port_that_it_names() -> None:
+    """On 127.0.0.1, the server's own default, a container cannot be reached."""
+    assert environ()["LLAMA_STACK_HOST"] == "0.0.0.0"
+    assert values(stages()[-1], "EXPOSE") == [environ()["LLAMA_STACK_PORT"]]
+
+
+def test_the_last_stage_installs_nothing() -> None:
+    """So that it has what the base image has, and /app: no uv, no compiler."""
+    assert not values(stages()[-1], "RUN")
+
+
+# --- the image itself ---
+
+
+@pytest.fixture(scope="module")
+def engine() -> None:
+    """Skip where podman cannot run the base image, with its reason."""
+    if not shutil.which("podman"):
+        pytest.skip("podman is not installed")
+    base = values(stages()[-1], "FROM")[0]
+    if podman("image", "exists", base, check=False).returncode and (pull := podman("pull", base, check=False)).returncode:
+        pytest.skip(f"podman cannot pull {base}: {pull.stderr[-500:]}")
+    if (tried := podman("run", "--rm", "--network", "host", *LIMITS, base, "true", check=False)).returncode:
+        pytest.skip(f"podman cannot run {base}: {tried.stderr[-500:]}")
+
+
+@pytest.fixture(scope="module")
+def built(engine: None) -> dict:
+    """The image, built by the command that the Containerfile names: what podman tells of it, and the seconds that it took."""
+    began = time.monotonic()
+    build = commands()[0]
+    podman(*build[1:-1], "--no-cache", build[-1])
+    seconds = time.monotonic() - began
+    (image,) = json.loads(podman("image", "inspect", "lls-openai").stdout)
+    (base,) = json.loads(podman("image", "inspect", values(stages()[-1], "FROM")[0]).stdout)
+    size, ours = image["Size"] / 1e6, (image["Size"] - base["Size"]) / 1e6
+    print(f"\nThe image was built in {seconds:.0f} s. It has {size:.0f} MB, {ours:.0f} MB of them on top of its base.")
+    return image | {"ours": ours}
+
+
+@pytest.fixture(scope="module")
+def image(built: dict, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """The gateway, run by the command that the Containerfile names, in the host's network because the stand-ins are there.
+
+    podman's own switch for read-only containers would let /run and /var/tmp be written to.
+    """
+    name, port = f"lls-openai-{os.getpid()}", str(free_port())
+    _, _, *options, image = commands()[1]
+    options = options[: options.index("-p")]
+    given = {"LLAMA_STACK_PORT": port, "HTTPS_PROXY": vendors.environ()["HTTPS_PROXY"], "SSL_CERT_FILE": "/etc/stand-ins.pem"}
+    command = [
+        *("podman", "run", "--rm", "--name", name, *options, *LIMITS, "--network", "host", "--read-only-tmpfs=false"),
+        *("--volume", f"{vendors.ca_file}:/etc/stand-ins.pem:ro,z"),
+        *(word for setting in given.items() for word in ("--env", "=".join(setting))),
+        image,
+    ]
+    podmans = {key: value for key, value in os.environ.items() if key.startswith(("CONTAINERS_", "XDG_", "DBUS_", "HOME"))}
+    gateway = Gateway(tmp_path_factory.mktemp("image"), tuple(command), LLAMA_STACK_PORT=port, **podmans)
+    gateway.name = name
+    try:
+        began = time.monotonic()
+        gateway.start(120)
+        print(f"It was up after {time.monotonic() - began:.0f} s.")
+        yield gateway
+    finally:
+        podman("rm", "--force", "--time", "0", name, check=False)
+
+
+def inside(image: Gateway, *command: str, check: bool = True) -> str:
+    """What a command prints in the container."""
+    return podman("exec", image.name, *command, check=check).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_it_answers(image: Gateway, model: str) -> None:
+    """Chats and the Responses API. 127.0.0.2 is where a server on 127.0.0.1 alone is not reached."""
+    with httpx.Client(base_url=f"http://127.0.0.2:{image.port}", headers=ALL_KEYS, trust_env=False, timeout=60) as client:
+        call = client.post("/v1/chat/completions", json=chat(model))
+        assert call.json()["choices"][0]["finish_reason"] == "stop"
+        stream = client.post("/v1/chat/completions", json=chat(model, stream=True))
+        assert events(stream)[-1]["choices"][0]["finish_reason"] == "stop"
+        response = client.post("/v1/responses", json={"model": model, "input": "Hello"})
+        assert response.json()["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_it_runs_as_nobody_in_particular(image: Gateway) -> None:
+    status = dict(line.split(":\t") for line in inside(image, "cat", "/proc/1/status").splitlines() if ":\t" in line)
+    assert set(status["Uid"].split() + status["Gid"].split()) == {"10001"}
+    assert int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+
+
+@pytest.mark.slow
+def test_it_writes_to_its_tmpfs_alone(image: Gateway) -> None:
+    """A few KB, in a folder that is closed to others."""
+    writable = inside(image, "find", "/", "-xdev", "-writable", "-not", "-type", "l", check=False).split()
+    assert writable == ["/tmp"]
+    assert inside(image, "ls", "/tmp").split() == ["lls-openai"]
+    assert inside(image, "stat", "-c", "%a", "/tmp/lls-openai").strip() == "700"
+    assert inside(image, "find", "/tmp/lls-openai/files", "-type", "f") == ""
+    assert int(inside(image, "du", "-sk", "/tmp").split()[0]) < 1024
+
+
+@pytest.mark.slow
+def test_it_holds_what_it_runs_and_no_more(built: dict, image: Gateway) -> None:
+    added = podman("diff", "lls-openai", values(stages()[-1], "FROM")[0]).stdout.splitlines()
+    assert {line.split("/")[1] for line in added} == {"app"}
+    ours = set(inside(image, "find", "/app", "-type", "f", "-not", "-path", "/app/.venv/*").split())
+    assert ours == {f"/app/{file.relative_to(PROJECT)}" for each in copied(stages()[-1]) for file in PROJECT.glob(each)}
+    assert not inside(image, "sh", "-c", "for tool in cc gcc uv git; do command -v $tool; done", check=False)
+    export = [os.environ.get("UV", "uv"), "export", "--quiet", "--frozen", "--no-hashes", "--no-emit-project"]
+    needed = subprocess.run(export, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    folders = inside(image, "sh", "-c", "ls -d /app/.venv/lib/python*/site-packages/*.dist-info").split()
+    names = {folder.rpartition("/")[2].split("-")[0].lower().replace("_", "-").replace(".", "-") for folder in folders}
+    assert "llama-stack" in names
+    assert names <= set(re.findall(r"^([\w.-]+)==", needed, flags=re.MULTILINE))
+    assert built["ours"] < 250
+
+
+@pytest.mark.slow
+def test_its_health_is_checked(built: dict, image: Gateway) -> None:
+    """It is well while the server answers, and not when nothing answers."""
+    podman("healthcheck", "run", image.name)
+    check = built["HealthCheck" if "HealthCheck" in built else "Healthcheck"]["Test"][1:]
+    elsewhere = podman("exec", "--env", f"LLAMA_STACK_PORT={free_port()}", image.name, *check, check=False)
+    assert "Connection refused" in elsewhere.stderr
+
+
+@pytest.mark.slow
+def test_it_lets_a_stream_finish_when_it_is_stopped(image: Gateway) -> None:
+    """One that takes longer than the 10 s after which podman would kill it by itself. The last test: the image is gone."""
+    body = chat("openai/every-1", stream=True)
+    call = {"headers": ALL_KEYS, "json": body, "timeout": 60, "trust_env": False}
+    with httpx.stream("POST", f"{image.url}/v1/chat/completions", **call) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        began = time.monotonic()
+        stop = subprocess.Popen(["podman", "stop", image.name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        rest = list(lines)
+    assert any(re.search(r'"finish_reason": ?"stop"', line) for line in rest)
+    assert time.monotonic() - began > 10
+    assert stop.wait(60) == 0
+    assert image.process.wait(60) == 0
