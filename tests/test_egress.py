@@ -1,22 +1,23 @@
 """Through the egress proxy, callers get what they would get without it, over connections that stay open."""
 
 import contextlib
-import os
+import json
 import re
-import shutil
 import signal
+import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import httpx
+import openai
+import psutil
 import pytest
 from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, arrivals, caller, chat, events, message, streamed_text, vendor_of
-from world.gateway import HAPROXY, PROJECT, PROVIDER_DATA, Gateway, clean_environ, eventually, free_port, listening
-from world.vendors import KEYS, VENDORS, Vendors
+from world.gateway import HAPROXY, PROJECT, PROVIDER_DATA, SERVE, Gateway, clean_environ, eventually, free_port, listening
+from world.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 from world.wire import NameServer, Wire
 
 pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
@@ -31,6 +32,37 @@ def settings(names: NameServer, port: int) -> dict[str, str]:
     """What leads the proxy to stand-ins at `port` instead of the vendors."""
     nameserver = f"127.0.0.1:{names.port}"
     return {"EGRESS_PORT": str(free_port()), "EGRESS_NAMESERVER": nameserver, "EGRESS_VENDOR_PORT": str(port)}
+
+
+class Proxy:
+    """The proxy alone, as a sidecar runs it. A context manager."""
+
+    def __init__(self, folder: Path, environ: dict[str, str]) -> None:
+        self.log_file, self.environ = folder / "proxy.log", clean_environ(folder, **environ)
+        self.url = f"http://127.0.0.1:{environ['EGRESS_PORT']}"
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def post(self) -> httpx.Response:
+        """A chat call to OpenAI."""
+        return httpx.post(f"{self.url}/openai/v1/chat/completions", json=chat("gpt-4o"), trust_env=False, timeout=60)
+
+    def up(self) -> bool:
+        with contextlib.suppress(httpx.ConnectError):
+            return httpx.get(self.url, trust_env=False, timeout=60).status_code == 404
+        return False
+
+    def __enter__(self) -> Self:
+        command = [HAPROXY, "-db", "-f", EGRESS / "haproxy.cfg"]
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(command, env=self.environ, stdout=log, stderr=log)
+        assert eventually(self.up), self.log()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +82,7 @@ def wire(vendors: Vendors) -> Iterator[Wire]:
 @pytest.fixture(scope="module")
 def server(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The gateway behind the proxy, started by `make server EGRESS=1`."""
-    environ = vendors.environ() | settings(names, wire.port)
+    environ = settings(names, wire.port) | {"SSL_CERT_FILE": str(vendors.ca_file)} | KEY_VARIABLES
     with Gateway(tmp_path_factory.mktemp("egress"), ("make", "server", "EGRESS=1"), **environ) as server:
         yield server
 
@@ -70,16 +102,34 @@ def proxy(server: Gateway) -> Iterator[httpx.Client]:
         yield proxy
 
 
+def haproxy_of(server: Gateway) -> psutil.Process:
+    """The HAProxy that `server` has started."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(child for child in children if child.name() == "haproxy")
+
+
+def cut_connections(server: Gateway, wire: Wire) -> None:
+    """Close all connections of the proxy to the vendors, and wait until it knows."""
+    wire.down()
+    haproxy = haproxy_of(server)
+
+    def known() -> bool:
+        return all(not connection.raddr or connection.raddr.port != wire.port for connection in haproxy.net_connections())
+
+    assert eventually(known)
+    assert eventually(lambda: not wire.alive)
+    wire.up()
+
+
 def ask(client: httpx.Client, model: str = "openai/gpt-4o", prompt: str = "Hello", **more: object) -> httpx.Response:
     """One chat call with all keys."""
     return client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(model, prompt, **more))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_answers_through_it(client: httpx.Client, vendors: Vendors, wire: Wire, model: str) -> None:
+def test_every_model_answers_through_it(client: httpx.Client, server: Gateway, vendors: Vendors, wire: Wire, model: str) -> None:
     prompt = f"through the proxy {model}"
-    wire.down()
-    wire.up()
+    cut_connections(server, wire)
     assert ask(client, model, prompt).json()["choices"][0]["message"]["content"].endswith(f"You said: {prompt}")
     assert streamed_text(ask(client, model, prompt, stream=True)).endswith(f"You said: {prompt}")
     assert wire.alive == 1
@@ -91,13 +141,21 @@ def test_every_model_answers_through_it(client: httpx.Client, vendors: Vendors, 
         assert PROVIDER_DATA.lower() not in arrived.headers
 
 
+@pytest.fixture(scope="module")
+def beside(server: Gateway, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A caller of a gateway that is led to the proxy by its settings alone, as in a pod, and past it to the stand-ins."""
+    through = {"OPENAI_PASSTHROUGH_URL": f"http://127.0.0.1:{server.settings['EGRESS_PORT']}/openai", "EGRESS": "0"}
+    gateway = Gateway(tmp_path_factory.mktemp("beside"), SERVE, **vendors.environ(), **through)
+    with gateway, caller(gateway.url, timeout=60) as client:
+        yield client
+
+
 @pytest.mark.parametrize("model", EMBEDDINGS)
-def test_embeddings_work_too(client: httpx.Client, wire: Wire, model: str) -> None:
+def test_embeddings_work_too(beside: httpx.Client, server: Gateway, wire: Wire, model: str) -> None:
     """OpenAI's take the proxy. Gemini's native provider has a fixed URL and goes to the vendor by itself."""
+    cut_connections(server, wire)
     opened = wire.opened
-    wire.down()
-    wire.up()
-    answer = client.post("/v1/embeddings", headers=ALL_KEYS, json={"model": model, "input": "a text"}).json()
+    answer = beside.post("/v1/embeddings", headers=ALL_KEYS, json={"model": model, "input": "a text"}).json()
     assert answer["data"][0]["embedding"]
     assert (wire.opened > opened) == (model == "openai/text-embedding-3-small")
 
@@ -146,6 +204,57 @@ def test_a_vendors_headers_pass(proxy: httpx.Client) -> None:
     assert response.headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize("vendor", KEYS)
+@pytest.mark.parametrize("key", [{}, {"Authorization": ""}], ids=["no key", "an empty one"])
+def test_it_answers_the_keyless_question_for_models_itself(
+    vendors: Vendors, server: Gateway, vendor: str, key: dict[str, str]
+) -> None:
+    seen = len(vendors.seen)
+    with caller(f"http://127.0.0.1:{server.settings['EGRESS_PORT']}/{vendor}") as keyless:
+        response = keyless.get("/v1/models", headers=key)
+    assert response.status_code == 401
+    assert message(response) == "No key was sent with this request."
+    assert len(vendors.seen) == seen
+
+
+def test_a_listing_with_a_key_reaches_the_vendor(proxy: httpx.Client) -> None:
+    assert proxy.get("/openai/v1/models").json()["data"][0]["id"] == "openai-other"
+
+
+def test_a_vendor_that_is_silent_does_not_hold_the_start_up(names: NameServer, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environ = settings(names, silent.getsockname()[1])
+        with Gateway(tmp_path, ("make", "server", "EGRESS=1"), **environ) as gateway, caller(gateway.url) as client:
+            assert sorted(model["id"] for model in client.get("/v1/models").json()["data"]) == sorted(MODELS)
+
+
+def timeouts(configuration: Path) -> dict[str, float]:
+    """The time-outs that a configuration of HAProxy sets, in seconds."""
+    units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    lines = re.findall(r"^\s*timeout (\S+) (\d+)(ms|[smhd])$", configuration.read_text(), re.MULTILINE)
+    return {name: int(number) * units[unit] for name, number, unit in lines}
+
+
+@pytest.mark.parametrize("configuration", ["egress/haproxy.cfg", "balancer.cfg"])
+def test_no_model_thinks_longer_than_a_proxy_waits(configuration: str) -> None:
+    """The gateway gives a vendor 600 s, so that a proxy before or behind it must give it more."""
+    given = timeouts(PROJECT / "deploy" / configuration)
+    assert openai.DEFAULT_TIMEOUT.read == 600
+    assert given["client"] > 600
+    assert given["server"] > 600
+    assert given["connect"] <= 5
+
+
+def test_who_connects_and_says_nothing_is_sent_away(server: Gateway) -> None:
+    """Half a request counts as nothing."""
+    address = ("127.0.0.1", int(server.settings["EGRESS_PORT"]))
+    with socket.create_connection(address, timeout=60) as idle, socket.create_connection(address, timeout=60) as slow:
+        slow.sendall(b"POST /openai/v1/chat/completions HTTP/1.1\r\nHost:")
+        for connection in (idle, slow):
+            while connection.recv(1000):
+                pass
+
+
 def test_a_path_that_is_no_vendors_is_refused(proxy: httpx.Client) -> None:
     assert proxy.get("/v1/models").status_code == 404
     assert proxy.get("/openai").status_code == 404
@@ -177,6 +286,19 @@ def test_a_caller_that_hangs_up_ends_the_vendors_work(proxy: httpx.Client, wire:
     assert eventually(lambda: wire.alive < during)
 
 
+def test_a_caller_that_hangs_up_before_the_vendor_answers_ends_its_work_too(
+    server: Gateway, vendors: Vendors, wire: Wire
+) -> None:
+    cut_connections(server, wire)
+    body = json.dumps(chat("stall", "hang up before the answer")).encode()
+    head = f"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['openai']}\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.settings["EGRESS_PORT"]))) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: vendors.seen_with("hang up before the answer"))
+        assert wire.alive == 1
+    assert eventually(lambda: not wire.alive)
+
+
 def test_it_survives_that_the_vendor_closes_idle_connections(client: httpx.Client, vendors: Vendors, wire: Wire) -> None:
     """The stand-in closes a connection that has been idle for 5 s."""
     assert ask(client).is_success
@@ -202,16 +324,17 @@ def test_a_call_that_the_vendor_may_have_seen_is_not_sent_again(proxy: httpx.Cli
         response = proxy.post("/openai/v1/chat/completions", json=chat("gpt-4o", "seen but not answered"))
         assert response.status_code == 502
         assert "closed the connection before it answered" in message(response)
-    time.sleep(1.5)  # HAProxy waits for 1 s before it tries again.
+    # HAProxy answers once it has given up, so that nothing is sent from here on.
     assert len(vendors.seen_with("seen but not answered")) == 1
 
 
-def test_it_survives_a_restart_of_the_vendor(client: httpx.Client, wire: Wire) -> None:
+def test_it_survives_a_restart_of_the_vendor(client: httpx.Client, server: Gateway, wire: Wire) -> None:
     assert ask(client).is_success
     wire.down()
     response = ask(client)
     assert response.status_code == 503
     assert "No connection to the vendor" in message(response)
+    assert eventually(lambda: "egress: openai 503 SC: the vendor refused the connection\n" in server.log)
     wire.up()
     assert ask(client).is_success
 
@@ -228,38 +351,35 @@ def test_it_follows_the_vendor_to_a_new_address(client: httpx.Client, wire: Wire
     assert eventually(lambda: ask(client).is_success)
 
 
-def proxy_of(server: subprocess.Popen) -> int | None:
-    """The process id of the HAProxy that `server` has started, if it runs."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            name, parent = re.search(r"Name:\t(.*)[^$]*?PPid:\t(\d+)", status.read_text()).groups()
-            parents[int(status.parent.name)] = (name, int(parent))
-
-    def started(pid: int) -> bool:
-        return pid == server.pid or (pid in parents and started(parents[pid][1]))
-
-    return next((pid for pid, (name, _) in parents.items() if name == "haproxy" and started(pid)), None)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_it_listens_on_loopback_only_and_holds_no_key(server: Gateway) -> None:
     assert listening(int(server.settings["EGRESS_PORT"])) == ["127.0.0.1"]
-    environ = Path(f"/proc/{proxy_of(server.process)}/environ").read_text()
+    environ = haproxy_of(server).environ()
     assert "EGRESS_PORT" in environ
-    assert "sk-fake" not in environ
+    assert "sk-fake" not in str(environ)
 
 
-def test_nothing_of_a_call_is_logged(client: httpx.Client, server: Gateway) -> None:
-    """Calls that fail are logged, with the vendor, the status and the reason and nothing else."""
+def test_a_failed_call_is_logged_with_the_reason_and_nothing_of_it(
+    client: httpx.Client, proxy: httpx.Client, server: Gateway, wire: Wire
+) -> None:
     ask(client, "openai/hang-up", prompt="private words")
     ask(client, "anthropic/status-500", prompt="private words")
     ask(client, "gemini/hang-up", prompt="private words", stream=True)
-    assert eventually(lambda: "egress: gemini 200 SD" in server.log)
-    assert "egress: openai 200 SD" in server.log
-    assert "egress: anthropic 500" in server.log
-    for secret in ["private words", "sk-fake", "Bearer", *(f"/{vendor}/v1" for vendor in KEYS)]:
+    wire.fault = "no answer"
+    with contextlib.suppress(httpx.RemoteProtocolError):
+        proxy.post("/openai/v1/chat/completions?key=private-words", json=chat("gpt-4o", "private words"))
+    broke_off = "the answer broke off: S by the vendor, s by its silence, C by the gateway\n"
+    assert eventually(lambda: "openai 502 SH: the vendor closed the connection before it answered\n" in server.log)
+    assert f"egress: gemini 200 SD: {broke_off}" in server.log
+    assert f"egress: openai 200 SD: {broke_off}" in server.log
+    assert "egress: anthropic 500 --: the vendor answered so\n" in server.log
+    for secret in ["private", "sk-fake", "Bearer", *(f"/{vendor}/v1" for vendor in KEYS)]:
         assert secret not in server.log
+
+
+def test_a_vendor_that_no_name_server_knows_is_a_reason_too(tmp_path: Path) -> None:
+    with NameServer(None) as nobody, Proxy(tmp_path, settings(nobody, 9)) as proxy:
+        assert proxy.post().status_code == 503
+        assert eventually(lambda: "openai 503 SC: no name server knows an address of the vendor" in proxy.log())
 
 
 @pytest.mark.parametrize("wrong", ["name", "authority", "not one of the system's"])
@@ -267,109 +387,11 @@ def test_a_wrong_certificate_is_refused(wrong: str, vendors: Vendors, names: Nam
     """The caller gets an error, the log the reason, and the stand-in nothing."""
     with Vendors(["vendor.example"] if wrong == "name" else VENDORS) as others:
         trusted = {"name": {"EGRESS_CA": str(others.ca_file)}, "authority": {"EGRESS_CA": str(vendors.ca_file)}}
-        environ = clean_environ(tmp_path, **settings(names, others.tls_port), **trusted.get(wrong, {}))
-        log_file = tmp_path / "proxy.log"
-        with log_file.open("w") as log:
-            proxy = subprocess.Popen([HAPROXY, "-db", "-f", EGRESS / "haproxy.cfg"], env=environ, stdout=log, stderr=log)
-        url = f"http://127.0.0.1:{environ['EGRESS_PORT']}/openai/v1/chat/completions"
-
-        def refused() -> bool:
-            with contextlib.suppress(httpx.ConnectError):
-                assert httpx.post(url, json=chat("gpt-4o"), trust_env=False, timeout=30).status_code == 503
-            return "certificate verify failed" in log_file.read_text()
-
-        try:
-            assert eventually(refused)
-        finally:
-            proxy.terminate()
-            proxy.wait()
+        environ = settings(names, others.tls_port) | trusted.get(wrong, {})
+        with Proxy(tmp_path, environ) as proxy:
+            assert eventually(lambda: proxy.post().status_code == 503 and "no safe connection" in proxy.log())
+            assert "openai 503 SC: no safe connection, certificate verify failed\n" in proxy.log()
         assert not others.seen
-
-
-@pytest.fixture
-def stub(project: Path) -> Path:
-    """A project whose gateway does nothing: it ends with code 3 when it finds a file `end`, or a second after a SIGTERM."""
-    (project / "deploy" / "egress").mkdir()
-    for file in EGRESS.iterdir():
-        shutil.copy(file, project / "deploy" / "egress")
-    (project / "deploy" / "serve.sh").write_text(
-        """#!/bin/sh
-        trap 'sleep 1; exit 3' TERM
-        for tenth in $(seq 600); do
-          [ ! -e deploy/end ] || exit 3
-          sleep 0.1
-        done
-        """
-    )
-    return project
-
-
-def start(stub: Path, **more: str) -> subprocess.Popen:
-    """Start the stub's `deploy/egress/serve.sh`."""
-    return subprocess.Popen(
-        [stub / "deploy" / "egress" / "serve.sh"],
-        env=clean_environ(stub, EGRESS_PORT=str(free_port()), EGRESS_NAMESERVER="127.0.0.1:9") | more,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def test_when_the_gateway_ends_so_does_the_proxy_and_its_code_is_told(stub: Path) -> None:
-    process = start(stub)
-    assert eventually(lambda: proxy_of(process))
-    proxy = proxy_of(process)
-    (stub / "deploy" / "end").touch()
-    process.communicate(timeout=20)
-    assert process.returncode == 3
-    assert not Path(f"/proc/{proxy}").exists()
-
-
-def test_when_the_proxy_ends_so_does_the_gateway_with_a_sentence(stub: Path) -> None:
-    process = start(stub)
-    assert eventually(lambda: proxy_of(process))
-    os.kill(proxy_of(process), signal.SIGKILL)
-    output, _ = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert "The egress proxy has stopped, and the gateway with it." in output
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_leaves_the_proxy_until_the_gateway_has_finished(stub: Path, number: signal.Signals) -> None:
-    """Ctrl-C, or a service manager that stops them."""
-    process = start(stub)
-    assert eventually(lambda: proxy_of(process))
-    proxy = proxy_of(process)
-    time.sleep(0.5)  # Both have begun by then.
-    os.killpg(process.pid, number)
-    time.sleep(0.5)
-    assert Path(f"/proc/{proxy}").exists()
-    process.communicate(timeout=20)
-    assert process.returncode == 3
-    assert not Path(f"/proc/{proxy}").exists()
-
-
-def test_a_port_that_is_taken_is_a_sentence(stub: Path, wire: Wire) -> None:
-    process = start(stub, EGRESS_PORT=str(wire.port))
-    output, _ = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert f"127.0.0.1:{wire.port}" in output
-    assert "The egress proxy has stopped, and the gateway with it." in output
-
-
-def test_without_haproxy_a_sentence_names_the_package(stub: Path) -> None:
-    script = stub / "deploy" / "egress" / "serve.sh"
-    script.write_text(script.read_text().replace(":/usr/local/sbin:/usr/sbin", ""))
-    tools = stub / "tools"
-    tools.mkdir()
-    for tool in ("sh", "dirname"):
-        (tools / tool).symlink_to(shutil.which(tool))
-    process = start(stub, PATH=str(tools))
-    output, _ = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert len(output.splitlines()) == 1
-    assert "install the package haproxy" in output
 
 
 def test_both_stop_together_after_streams_in_flight(client: httpx.Client, server: Gateway) -> None:

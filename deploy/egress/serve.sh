@@ -5,58 +5,65 @@ cd "$(dirname "$0")/../.."
 
 # Debian keeps it where only root looks.
 PATH="$PATH:/usr/local/sbin:/usr/sbin"
-if ! command -v haproxy > /dev/null; then
-  echo "EGRESS=1 needs HAProxy: install the package haproxy (sudo apt-get install haproxy), or start without EGRESS=1." >&2
+case "$(haproxy -v 2>&1 || :)" in
+  *"version 1."* | *"version 2."[0-5][.-]*) echo "The egress proxy needs HAProxy 2.6 or later. Install a newer one, or start with EGRESS=0." >&2 && exit 1 ;;
+  *roxy" version "*) ;;
+  *) echo "The egress proxy needs HAProxy: install the package haproxy (sudo apt-get install haproxy on Debian and Ubuntu, sudo dnf install haproxy on Fedora, brew install haproxy on macOS), or start with EGRESS=0." >&2 && exit 1 ;;
+esac
+
+if [ -n "${HTTPS_PROXY-}${https_proxy-}${ALL_PROXY-}${all_proxy-}" ]; then
+  echo "The egress proxy connects to the vendors itself, past the proxy that HTTPS_PROXY or ALL_PROXY names. Start with EGRESS=0, or unset the variable." >&2
   exit 1
 fi
 
-# Keys travel with the calls: neither process needs one of its own.
-unset $(env | sed -n 's/^\([A-Z0-9_]*_API_KEY\)=.*/\1/p')
-export EGRESS_PORT="${EGRESS_PORT:-8322}"
+# One above the gateway's. Linux lists who listens (0A); elsewhere HAProxy says that it is taken.
+EGRESS_PORT="${EGRESS_PORT:-$((${LLAMA_STACK_PORT:-8321} + 1))}"
+if grep -Eqs ": (0{32}|00000000|0100007F):$(printf %04X "$EGRESS_PORT" 2>&1) [0-9A-F]+:[0-9A-F]+ 0A" /proc/net/tcp /proc/net/tcp6; then
+  echo "Port $EGRESS_PORT, where the egress proxy is to listen, is in use. Choose another with EGRESS_PORT." >&2
+  exit 1
+fi
 
 # The CAs that the gateway is told to trust, or else the system's, wherever it keeps a bundle of them.
 : "${EGRESS_CA:=${SSL_CERT_FILE:-${SSL_CERT_DIR-}}}"
 for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem /etc/ssl/cert.pem; do
   [ -n "$EGRESS_CA" ] || [ ! -e "$bundle" ] || EGRESS_CA="$bundle"
 done
-export EGRESS_CA="${EGRESS_CA:-@system-ca}"
-
-[ -n "${EGRESS_NAMESERVER-}" ] || unset EGRESS_NAMESERVER
-if [ -n "${HTTPS_PROXY-}${https_proxy-}${ALL_PROXY-}${all_proxy-}" ]; then
-  echo "The egress proxy connects to the vendors itself: it does not use the proxy that the environment names." >&2
-fi
-
-# While streams finish, the gateway needs the proxy: it must survive what is sent to all processes at once (Ctrl-C, a service
-# manager's SIGTERM), but not this script. Only Linux has these two; HAProxy 3 ends at Ctrl-C without them.
-apart="setsid setpriv --pdeathsig KILL"
-$apart true 2> /dev/null || apart=
-(
-  trap '' HUP INT TERM
-  exec $apart haproxy -db -f deploy/egress/haproxy.cfg
-) &
-proxy=$!
 
 through="http://127.0.0.1:$EGRESS_PORT"
 export OPENAI_PASSTHROUGH_URL="${OPENAI_PASSTHROUGH_URL:-$through/openai}"
 export GEMINI_PASSTHROUGH_URL="${GEMINI_PASSTHROUGH_URL:-$through/gemini/v1beta/openai}"
 export ANTHROPIC_PASSTHROUGH_URL="${ANTHROPIC_PASSTHROUGH_URL:-$through/anthropic}"
-others="${no_proxy:-${NO_PROXY-}}"
-export no_proxy="127.0.0.1${others:+,$others}"
-EGRESS=0 EGRESS_WAY="through the egress proxy on port $EGRESS_PORT" deploy/serve.sh &
+
+# Each in a session of its own, where there is setsid (Linux): Ctrl-C reaches this script alone, which lets streams finish, and
+# all processes of a gateway can be ended at once.
+apart=setsid group=-
+setsid true 2> /dev/null || apart='' group=
+
+EGRESS=0 EGRESS_WAY="through the egress proxy on port $EGRESS_PORT" $apart deploy/serve.sh < /dev/null &
 gateway=$!
 
-trap 'kill "$gateway" || :' HUP INT TERM
-failed=
-while kill -0 "$gateway" 2> /dev/null; do
-  if [ -z "$failed" ] && ! kill -0 "$proxy" 2> /dev/null; then
-    failed=1
-    echo "The egress proxy has stopped, and the gateway with it." >&2
-    kill "$gateway"
-  fi
-  sleep 1 || :
-done
+# Whoever takes the port of a dead proxy would be sent keys. So the proxy's own parent waits for its end and ends the gateway in
+# the same moment; it lives on if this script is killed. A service manager's SIGTERM to all leaves both until streams are done.
+(
+  trap '' HUP INT TERM
+  trap 'kill -KILL "$!"; wait "$!" 2> /dev/null || :; exit 0' USR1
+  # Of the environment it gets what it needs: keys travel with the calls.
+  $apart env -i PATH="$PATH" EGRESS_PORT="$EGRESS_PORT" ${EGRESS_CA:+"EGRESS_CA=$EGRESS_CA"} \
+    ${EGRESS_NAMESERVER:+"EGRESS_NAMESERVER=$EGRESS_NAMESERVER"} \
+    ${EGRESS_VENDOR_PORT:+"EGRESS_VENDOR_PORT=$EGRESS_VENDOR_PORT"} haproxy -db -f deploy/egress/haproxy.cfg &
+  wait "$!" 2> /dev/null || :
+  kill -KILL "$group$gateway" || :
+  echo "The egress proxy has stopped, and the gateway with it." >&2
+  exit 1
+) &
+watch=$!
+
+trap 'kill "$gateway" || :' HUP TERM
+trap 'kill "$gateway" || :; trap "kill -KILL $group$gateway || :" INT' INT
 code=0
-wait "$gateway" || code=$?
-kill -USR1 "$proxy" 2> /dev/null || :
-wait "$proxy" || :
-exit "${failed:-$code}"
+while kill -0 "$gateway" 2> /dev/null; do
+  wait "$gateway" 2> /dev/null && code=0 || code=$?
+done
+kill -USR1 "$watch" 2> /dev/null || :
+wait "$watch" || code=1
+exit "$code"

@@ -2,46 +2,42 @@
 
 import asyncio
 import contextlib
-import socketserver
-import struct
-import threading
 from collections.abc import Coroutine
 from typing import Self
+
+from dnslib import QTYPE, RCODE, RR, A, DNSRecord
+from dnslib.server import BaseResolver, DNSHandler, DNSLogger, DNSServer
 
 from .vendors import InBackground, pump
 
 
-class NameServer:
-    """A DNS server that gives the IPv4 address `address` for every name. A context manager; change `address` at will."""
+class NameServer(BaseResolver):
+    """A DNS server that gives the IPv4 address `address` for every name. A context manager; change `address` at will.
 
-    def __init__(self, address: str = "127.0.0.1") -> None:
+    Where `address` is None, no name exists.
+    """
+
+    def __init__(self, address: str | None = "127.0.0.1") -> None:
         self.address = address
 
-    def answer(self, query: bytes) -> bytes:
-        """The answer to one query (RFC 1035, section 4): no record unless an A record is asked for."""
-        name_end = query.index(b"\0", 12) + 1
-        (kind,) = struct.unpack_from("!H", query, name_end)
-        # The name is given as a pointer to the question; 1 second to live.
-        record = struct.pack("!HHHIH4B", 0xC00C, 1, 1, 1, 4, *map(int, self.address.split("."))) if kind == 1 else b""
-        head = query[:2] + struct.pack("!HHHHH", 0x8580, 1, 1 if record else 0, 0, 0)
-        return head + query[12 : name_end + 4] + record
+    def resolve(self, request: DNSRecord, handler: DNSHandler) -> DNSRecord:
+        """The answer to one query: no record unless an A record is asked for."""
+        reply = request.reply()
+        if self.address is None:
+            reply.header.rcode = RCODE.NXDOMAIN
+        elif request.q.qtype == QTYPE.A:
+            reply.add_answer(RR(request.q.qname, QTYPE.A, rdata=A(self.address), ttl=1))
+        return reply
 
     def __enter__(self) -> Self:
-        outer = self
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                query, socket = self.request
-                socket.sendto(outer.answer(query), self.client_address)
-
-        self.server = socketserver.UDPServer(("127.0.0.1", 0), Handler)
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.server = DNSServer(self, "127.0.0.1", 0, logger=DNSLogger(logf=lambda _: None))
+        self.port = self.server.server.server_address[1]
+        self.server.start_thread()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.stop()
+        self.server.server.server_close()
 
 
 class Wire(InBackground):
