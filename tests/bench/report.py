@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from world.table import table
+
 README = Path(__file__).parent.parent.parent / "README.md"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
@@ -85,18 +87,6 @@ def claims(r: Results) -> list[tuple[str, str, bool]]:
     claim("vendor 40 ms away, egress on: at most 10 ms over a warm direct call", value, " ms", value <= 10)
     claim("vendor 40 ms away, egress on: fewer than 5 new connections per 1,000 calls", opened, "", opened < 5)
     return [(text, number(value) + unit, holds) for text, value, unit, holds in figures]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, padded so that it reads well in a terminal too, with all but the first column to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(row: list[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(cells)} |"
-
-    rule = "|".join("-" * (width + 1) + ("-:"[column > 0]) for column, width in enumerate(widths))
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
 
 
 def by_contender(r: Results, columns: dict[str, str]) -> str:
