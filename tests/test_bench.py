@@ -84,7 +84,7 @@ def test_regular_calls_and_refusals_are_counted(upstream, tmp_path: Path):
 def test_streams_are_paced_and_timed(upstream):
     seen = stream(calls(upstream.paced), 3, 5, 50, calls=2)
     assert (seen.started, seen.complete, seen.chunks) == (6, 6, 30)
-    assert seen.seconds > 2 * 4 * 0.050
+    assert seen.seconds > 2 * 3 * 0.050
     assert 0 < max(seen.delays) < 1
 
 
