@@ -40,11 +40,12 @@ faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.m
 traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each
 	@$(UV) run --group dev python tests/traps.py
 
-bench: $(UV)  ## this gateway beside its peers, about 20 minutes (a quick look: ROUNDS=1 SECONDS=1)
-	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) --only $(ONLY)
+bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: ROUNDS=1 SECONDS=1)
+	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \
+	  --minutes $(or $(MINUTES),25) $(if $(SEED),--seed $(SEED)) --only $(ONLY)
 
-profile: $(UV)  ## where the server's time goes, sampled with py-spy
-	@PYTHONPATH=tests $(UV) run --group dev python -m bench.profiling
+profile: $(UV)  ## where the server's time goes, sampled with py-spy; SETTINGS=1: what each setting adds or takes off
+	@PYTHONPATH=tests $(UV) run --group dev python -m bench.$(if $(SETTINGS),settings,profiling)
 
 .uv/bin/uv:
 	python3 -m venv .uv

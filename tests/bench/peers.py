@@ -6,6 +6,7 @@ All of them find the same vendor, over TLS, with the same throwaway CA.
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -79,6 +80,10 @@ class Server(Gateway):
         super().__init__(home, tuple(map(str, command)), cwd, **settings)
         self.health = health
 
+    def start(self, seconds: float = 180) -> Gateway:
+        """As any gateway, but patiently: some peers take long."""
+        return super().start(seconds)
+
     def tree(self) -> Iterator[psutil.Process]:
         """Its command and every process below that."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -141,6 +146,7 @@ def megabytes(folder: Path) -> float:
     return sum(f.lstat().st_size for f in folder.rglob("*") if "__pycache__" not in f.parts and not f.is_dir()) / 1e6
 
 
+@functools.cache
 def environment(name: str, *packages: str) -> Path:
     """An environment in `.bench/` with `packages`, installed or brought up to date. Returns its folder."""
     folder = CACHE / name
@@ -177,6 +183,7 @@ def direct(up: Upstream, home: Path) -> Contender:
     )
 
 
+@functools.cache
 def own_environment() -> Path:
     """The environment that `make server` installs: apart from the project's own, which has the test tools in it too."""
     folder = CACHE / "lls-openai"
@@ -274,7 +281,8 @@ def ogx(up: Upstream, home: Path) -> Contender:
     store, shim = home / "store", home / "bin"
     shim.mkdir(parents=True)
     (shim / "llama").symlink_to("/bin/true")
-    run("deploy/serve.sh", PATH=f"{shim}:{Path(sys.executable).parent}:{os.environ['PATH']}", SQLITE_STORE_DIR=str(store))
+    path = f"{shim}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run("deploy/serve.sh", PATH=path, EGRESS="0", LLAMA_STACK_PORT=str(free_port()), SQLITE_STORE_DIR=str(store))
     port = free_port()
     server = Server(
         home,
