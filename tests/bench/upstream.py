@@ -13,6 +13,7 @@ near vendor, Anthropic as the paced and Gemini as the far one, which has an addr
 
 import asyncio
 import contextlib
+import functools
 import json
 import multiprocessing
 import random
@@ -194,7 +195,11 @@ class Relay(asyncio.Protocol):
         """Open the vendor's side."""
         other = Relay(self.target, self.opened)
         other.peer = self
-        await self.loop.create_connection(lambda: other, "127.0.0.1", self.target)
+        try:
+            await self.loop.create_connection(lambda: other, "127.0.0.1", self.target)
+        except OSError:  # The vendor is about to end.
+            self.transport.abort()
+            return
         self.peer = other
         for data in self.early:
             self.pass_on(data)
@@ -229,19 +234,22 @@ def serve(addresses: list[tuple[str, int]], protocol: Callable[[], asyncio.Proto
         servers = [await loop.create_server(protocol, host, port, backlog=1024) for host, port in addresses]
         await asyncio.gather(*(server.serve_forever() for server in servers))
 
-    asyncio.run(forever())
+    with contextlib.suppress(OSError):  # Its port was taken meanwhile: whoever waits for it says so.
+        asyncio.run(forever())
 
 
-def wait_for_port(port: int, running: Callable[[], bool], seconds: float = 20) -> None:
-    """Return as soon as something accepts connections on loopback.
+def listens(port: int) -> bool:
+    """Whether something accepts connections on loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    Raises RuntimeError once `running` no longer says that what should do so is there, or after `seconds`.
-    """
+
+def wait_for(port: int, ready: Callable[[], bool], running: Callable[[], bool], seconds: float = 20) -> None:
+    """Return as soon as `ready`. Raises RuntimeError if what is to serve on `port` is no longer running, or after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and running():
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0 and running():
-                return
+        if ready():
+            return
         time.sleep(0.05)
     raise RuntimeError(f"The bench's own vendor did not start on port {port}. Is the port in use? Run it again.")
 
@@ -289,6 +297,12 @@ class Upstream:
         settings = {"listen": listen, "listen_far": f"listen 127.0.0.1:{back} ssl;", "vendor": vendor, "key": GOOD_KEY}
         config = self.folder / "nginx.conf"
         config.write_text(NGINX.format(folder=self.folder, models=NO_MODELS, refusal=REFUSAL, answer=ANSWER, **settings))
+        said = stack.enter_context((self.folder / "nginx.txt").open("w"))
+        nginx = subprocess.Popen(["nginx", "-p", self.folder, "-c", config], stderr=said, start_new_session=True)
+        stack.callback(nginx.wait)
+        stack.callback(nginx.terminate)
+        # It writes its number once it listens on all its ports.
+        wait_for(front, (self.folder / "nginx.pid").exists, lambda: nginx.poll() is None)
         fork = multiprocessing.get_context("fork")
         for where, protocol in (
             ([("localhost", vendor)], Vendor),
@@ -298,13 +312,8 @@ class Upstream:
             child.start()
             stack.callback(child.join)
             stack.callback(child.terminate)
-            wait_for_port(where[0][1], child.is_alive)
-        said = stack.enter_context((self.folder / "nginx.txt").open("w"))
-        nginx = subprocess.Popen(["nginx", "-p", self.folder, "-c", config], stderr=said, start_new_session=True)
-        stack.callback(nginx.wait)
-        stack.callback(nginx.terminate)
-        for port in (front, http, back):
-            wait_for_port(port, lambda: nginx.poll() is None)
+            port = where[0][1]
+            wait_for(port, functools.partial(listens, port), child.is_alive)
         names = DNSServer(Resolver(), address="127.0.0.1", port=0, logger=QUIET)
         self.names = names.server.server_address[1]
         names.start_thread()
