@@ -69,7 +69,7 @@ class Results:
 
     def ratio(self, metric: str, name: str, other: str) -> float:
         """How many times `other`'s figure `name`'s is."""
-        return self.get(name, metric) / self.get(other, metric)
+        return self.get(name, metric) / (self.get(other, metric) or math.nan)
 
 
 EITHER = ("egress-1", "ours-1")
@@ -154,7 +154,10 @@ def claims(r: Results) -> list[tuple[str, str, bool | None]]:
         "",
         [r.most("egress-1", f"far_opened@{count}") for count in CALLERS],
     )
-    flat = [(r.get(name, "memory_after") / r.get(name, "memory_10k") - 1) * 100 for name in EITHER]
+    flat = [
+        (r.get(name, "memory_after") / r.get(name, "memory_10k") - 1) * 100 if r.get(name, "served") >= 20_000 else math.nan
+        for name in EITHER
+    ]
     claim("either start: at most 5 % more memory after 20,000 requests than after 10,000", 5, " %", flat)
     claim("either start: an error costs at most 2 successes", 2, "x", [r.get(name, "error_cost") for name in EITHER])
     claim(
