@@ -92,6 +92,8 @@ class Bench:
     def renew(self, contender: Contender) -> None:
         """Start a contender anew, or leave it out from now on if it does not start."""
         contender.server.stop(seconds=1)
+        contender.served = 0
+        contender.memory.clear()
         try:
             contender.server.start()
             self.note(contender, restarts=1)

@@ -184,11 +184,12 @@ def direct(up: Upstream, home: Path) -> Contender:
 
 
 @functools.cache
-def own_environment() -> Path:
+def own_environment(python: str = "") -> Path:
     """The environment that `make server` installs: apart from the project's own, which has the test tools in it too."""
-    folder = CACHE / "lls-openai"
-    uv = os.environ.get("UV", "uv")
-    run(uv, "sync", "--quiet", "--frozen", "--compile-bytecode", UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
+    folder = CACHE / f"lls-openai{python}"
+    sync = (os.environ.get("UV", "uv"), "sync", "--quiet", "--frozen", "--compile-bytecode")
+    other = ("--python", python, "--no-python-downloads") if python else ()
+    run(*sync, *other, UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
     return folder
 
 
