@@ -198,7 +198,6 @@ def test_what_is_missing_is_one_sentence():
     [
         ("installing and starting direct", signal.SIGTERM),
         ("regular calls, 8", signal.SIGINT),
-        ("streams, 300", signal.SIGINT),
         ("40 ms away, 1", signal.SIGTERM),
         ("wrong keys", signal.SIGINT),
     ],

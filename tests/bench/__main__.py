@@ -28,7 +28,7 @@ from .upstream import Upstream
 
 HERE = Path(__file__).parent
 CHUNKS = {1: 40, 50: 40, 300: 20}  # of a stream, by how many there are at once
-FAR = ("direct", "egress-1", "ours-1", "litellm-1", "portkey")
+FAR = ("direct", "egress-1", "egress-2", "ours-1", "litellm-1", "portkey")
 WEIGHED = ("egress-1", "ours-1")
 # `bare` is at work for half a minute after each of these. What tokens cost shows in regular calls.
 LEFT_OUT = {"bare": ("rps@64", "complete@300", "wrong@2"), "tokens": ("complete", "chunks", "wrong")}
@@ -44,7 +44,7 @@ class Bench:
         self.contenders: list[Contender] = []
         self.active: list[Contender] = []  # who may still be at work
         self.skipped: dict[str, str] = {}
-        self.start = time.monotonic()
+        self.start, self.done = time.monotonic(), 0
 
     @property
     def elapsed(self) -> float:
@@ -103,23 +103,27 @@ class Bench:
 
     def measure(self) -> None:
         """All steps of all rounds. No round begins that would not end in time."""
-        longest = 0.0
         last = 50 * self.seconds + 2 * len(self.contenders) * (2 * self.seconds + 6) + 30  # what follows the rounds
-        for number in range(self.rounds):
-            if number and self.elapsed + longest + last > self.minutes * 60:
-                self.say(f"{number} of {self.rounds} rounds have to do: another would not end within {self.minutes:.0f} minutes")
-                self.rounds = number
-                break
-            began = self.elapsed
-            self.say(f"round {number + 1} of {self.rounds}")
+        for number in self.in_time("round", self.rounds, last):
             self.round(number)
-            longest = max(longest, self.elapsed - began)
+            self.done = number + 1
         self.say("memory")
         self.memory()
         # Last, because what a storm leaves behind in a contender would be in everything after it.
-        for number in range(min(self.rounds, 2)):
-            self.say(f"wrong keys, round {number + 1} of {min(self.rounds, 2)}")
+        for number in self.in_time("wrong keys, round", min(2, self.rounds)):
             self.take_turns(f"wrong@{number + 1}", self.wrong)
+
+    def in_time(self, what: str, count: int, rest: float = 0) -> Iterator[int]:
+        """Count from 0 to `count`, but stop where as long again as the longest turn so far, and `rest`, would be too long."""
+        longest = 0.0
+        for number in range(count):
+            if number and self.elapsed + longest + rest > self.minutes * 60:
+                self.say(f"{what} {number + 1} is left out: it would not end within {self.minutes:.0f} minutes")
+                return
+            began = self.elapsed
+            self.say(f"{what} {number + 1} of {count}")
+            yield number
+            longest = max(longest, self.elapsed - began)
 
     def round(self, number: int) -> None:
         """One round. What a distance adds differs little from one to the next: two have it."""
@@ -281,7 +285,7 @@ class Bench:
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "machine": {"cores": os.cpu_count(), "system": platform.system(), "arch": platform.machine()},
             "python": platform.python_version(),
-            "rounds": self.rounds,
+            "rounds": self.done,
             "seed": self.seed,
             "minutes": round(self.elapsed / 60, 1),
             "seconds": self.seconds,
