@@ -58,11 +58,12 @@ traps: $(UV)  ## undo what is done about the stock server's traps, one by one, a
 mutants: $(UV)  ## change the project on purpose, and see that a test notices (ONLY=pattern, JOBS=2)
 	@PYTHONPATH=tests $(UV) run --group dev --group deploy python -m mutants --only "$(ONLY)" --jobs $(or $(JOBS),2)
 
-bench: $(UV)  ## this gateway beside its peers, about 20 minutes (a quick look: ROUNDS=1 SECONDS=1)
-	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) --only $(ONLY)
+bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: ROUNDS=1 SECONDS=1)
+	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \
+	  --minutes $(or $(MINUTES),27) $(if $(SEED),--seed $(SEED)) --only $(ONLY)
 
-profile: $(UV)  ## where the server's time goes, sampled with py-spy
-	@PYTHONPATH=tests $(UV) run --group dev python -m bench.profiling
+profile: $(UV)  ## where the server's time goes, sampled with py-spy; SETTINGS=1: what each setting adds or takes off
+	@PYTHONPATH=tests $(UV) run --group dev python -m bench.$(if $(SETTINGS),settings,profiling)
 
 .uv/bin/uv:
 	@echo "This machine has no uv, which installs packages. Fetching one into .uv (17 MB) ..." >&2

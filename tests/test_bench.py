@@ -1,17 +1,26 @@
 """What `make bench` has measured is what the README says, and the bench itself measures what it says it does."""
 
 import json
+import os
 import shutil
+import signal
+import socket
+import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from bench import report
+from bench.__main__ import calls_until, latencies
 from bench.load import Call, result, stream, wrk
 from bench.upstream import GOOD_KEY, ROUND_TRIP, WRONG_KEY, Upstream
+from dnslib import DNSRecord
 from world.gateway import PROJECT
 
+COMMAND = (sys.executable, "-u", "-m", "bench")
 FOLDER = PROJECT / "tests" / "bench"
 PATH = "/usr/sbin"
 MISSING = [tool for tool in ("wrk", "nginx", "openssl") if not (shutil.which(tool) or shutil.which(tool, path=PATH))]
@@ -28,8 +37,7 @@ def results() -> dict:
 
 
 def test_the_readme_has_the_table_of_the_last_run(results):
-    text = report.README.read_text()
-    assert f"{report.BEGIN}\n{report.readme(results)}\n{report.END}" in text
+    assert f"{report.BEGIN}\n{report.readme(results)}\n{report.END}" in report.readme_file().read_text()
 
 
 def test_the_table_and_the_picture_are_of_the_last_run(results):
@@ -37,24 +45,57 @@ def test_the_table_and_the_picture_are_of_the_last_run(results):
         assert (FOLDER / name).read_text() == text
 
 
-def made_up(**metrics: dict[str, float]) -> report.Results:
-    """Results in which each contender has these medians."""
-    contenders = {
-        name.replace("_", "-"): {"title": name, "version": "1", "metrics": {m: [v, v, v] for m, v in values.items()}}
-        for name, values in metrics.items()
+def made_up(**metrics: dict[str, float]) -> dict:
+    """Results in which each contender has these figures, the same in each round."""
+    return {
+        "date": "2026-01-01",
+        "machine": {"cores": 2, "system": "Linux", "arch": "x86_64"},
+        "contenders": {
+            name.replace("_", "-"): {"title": name, "version": "1", "metrics": {m: [v, v, v] for m, v in values.items()}}
+            for name, values in metrics.items()
+        },
+        "skipped": {},
     }
-    return report.Results({"contenders": contenders, "skipped": {}})
+
+
+def outcome(**metrics: dict[str, float]) -> dict[str, tuple[str, bool | None]]:
+    """What is said of each claim, by its first words."""
+    return {text: (measured, holds) for text, measured, holds in report.claims(report.Results(made_up(**metrics)))}
+
+
+def of(outcome: dict[str, tuple[str, bool | None]], words: str) -> tuple[str, bool | None]:
+    """What is said of the one claim that has these words in it."""
+    (found,) = [said for text, said in outcome.items() if words in text]
+    return found
 
 
 def test_a_claim_is_met_only_by_what_was_measured():
-    ours = {"rps@8": 200, "error_cost": 2.5, "storm_worst": 0.4, "chunk@50": 2.2}
-    claims = {text: holds for text, _, holds in report.claims(made_up(direct={"chunk@50": 0.4}, ours_1=ours, bare={"rps@8": 50}))}
-    assert claims == {
-        "at least 5x the requests/s of the same run.yaml started bare (8 callers)": False,
-        "an error costs at most 2 successes": False,
-        "no good call waits over 2 s while wrong keys pour in": True,
-        "at most 2 ms added to a chunk (50 streams)": True,
-    }
+    ours = {"rps@8": 200, "rps@64": 300, "error_cost": 1.5, "storm_worst": 0.4, "storm_failed": 0, "complete@300": 100}
+    lite = {"rps@8": 100, "rps@64": 100}
+    said = outcome(direct={"chunk@50": 0.4}, egress_1=ours | {"chunk@50": 4.2}, ours_1=ours, litellm_1=lite, bare={"rps@8": 50})
+    assert of(said, "2.2x as much as LiteLLM") == ("2.0x", False)
+    assert of(said, "bare: 8 callers") == ("4.0x", False)
+    assert of(said, "4 ms added to a chunk") == ("3.8 ms", True)
+    assert of(said, "an error costs") == ("1.50x", True)
+    assert of(said, "waits over 1 s") == ("0.40 s", True)
+    assert of(said, "300 streams") == ("100 %", True)
+
+
+def test_a_claim_about_a_contender_that_was_skipped_is_not_met():
+    said = outcome(egress_1={"rps@1": 200, "rps@8": 200, "rps@64": 200}, egress_2={"rps@64": 400})
+    assert of(said, "2.2x as much as LiteLLM") == ("not measured", None)
+    # One of the two that it is about is there.
+    assert of(said, "2 workers serve 1.6x") == ("not measured", None)
+    text = report.readme(made_up(egress_1={"rps@8": 200}))
+    assert "Not measured: " in text
+    assert "Every claim" not in text
+
+
+def test_a_call_that_timed_out_took_longer_than_was_waited():
+    bare = {"rps@8": 20, "storm_worst": 20}
+    assert " over 20 " in report.readme(made_up(bare=bare))
+    assert ">over 20<" in report.svg(report.Results(made_up(bare=bare)))
+    assert of(outcome(egress_1=bare, ours_1=bare), "waits over 1 s") == ("over 20 s", False)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +125,7 @@ def test_regular_calls_and_refusals_are_counted(upstream, tmp_path: Path):
 def test_streams_are_paced_and_timed(upstream):
     seen = stream(calls(upstream.paced), 3, 5, 50, calls=2)
     assert (seen.started, seen.complete, seen.chunks) == (6, 6, 30)
-    assert seen.seconds > 2 * 4 * 0.050
+    assert seen.seconds > 2 * 3 * 0.050
     assert 0 < max(seen.delays) < 1
 
 
@@ -97,9 +138,92 @@ def test_the_distant_vendor_is_a_round_trip_away_and_counts_connections(upstream
     assert min(seen.first) > ROUND_TRIP
 
 
+@needs_tools
+def test_an_egress_proxy_finds_each_vendor_by_its_name(upstream):
+    found = {}
+    for name in ("api.openai.com", "api.anthropic.com", "generativelanguage.googleapis.com", "example.com"):
+        answer = DNSRecord.parse(DNSRecord.question(name).send("127.0.0.1", upstream.names, timeout=5))
+        found[name] = [str(record.rdata) for record in answer.rr]
+    assert found["example.com"] == []
+    context = ssl.create_default_context(cafile=upstream.ca)
+    before = upstream.opened.value
+    for name, addresses in list(found.items())[:3]:
+        body = calls("").body("1 chunks, 0 ms apart", stream=name != "api.openai.com")
+        head = f"Host: {name}\r\nAuthorization: Bearer {GOOD_KEY}\r\nContent-Length: {len(body)}\r\nConnection: close"
+        plain = socket.create_connection((addresses[0], upstream.vendor_port), 10)
+        with context.wrap_socket(plain, server_hostname=name) as vendor:
+            vendor.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
+            answer = b"".join(iter(lambda vendor=vendor: vendor.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert (b"@" in answer) == (name != "api.openai.com")
+    assert upstream.opened.value - before == 1  # The far one alone is behind the relay.
+
+
+@needs_tools
+def test_a_call_that_fails_is_not_served(upstream, tmp_path: Path):
+    bad = result(wrk(calls(upstream.near, WRONG_KEY), 2, 1, tmp_path))
+    assert bad["served"] == bad["per_second"] == 0
+    assert latencies(bad) == {}
+    answers = list(calls_until(calls(upstream.near, WRONG_KEY), time.monotonic() + 0.2))
+    assert answers
+    assert not any(served for _, served in answers)
+
+
+@needs_tools
+def test_a_busy_port_is_one_sentence_and_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", PATH, prepend=":")
+    before = set(psutil.Process().children())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RuntimeError, match=f"did not start on port {port}. Is the port in use"), Upstream(tmp_path, port):
+            pass
+    assert set(psutil.Process().children()) == before
+
+
+def environment(path: str) -> dict[str, str]:
+    """For a bench in a process of its own."""
+    return {"PATH": path, "HOME": "/nonexistent"}
+
+
 def test_what_is_missing_is_one_sentence():
-    command = (sys.executable, "-m", "bench")
-    done = subprocess.run(command, cwd=PROJECT / "tests", env={"PATH": ""}, capture_output=True, text=True, check=False)
-    assert done.returncode
+    done = subprocess.run(COMMAND, cwd=PROJECT / "tests", env=environment(""), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
     assert done.stderr.startswith("make bench needs wrk")
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        ("installing and starting direct", signal.SIGTERM),
+        ("regular calls, 8", signal.SIGINT),
+        ("40 ms away, 1", signal.SIGTERM),
+        ("wrong keys", signal.SIGINT),
+    ],
+)
+def test_stopped_in_any_step_it_says_so_and_leaves_nothing_running(step: str, number: int):
+    options = ("--only", "direct", "--rounds", "1", "--seconds", "1")
+    bench = subprocess.Popen(
+        (*COMMAND, *options),
+        cwd=PROJECT / "tests",
+        env=environment(os.environ["PATH"]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while step not in (line := bench.stdout.readline()):
+            assert line, bench.stderr.read()
+        started = psutil.Process(bench.pid).children(recursive=True)
+        assert started
+        # Ctrl-C reaches everything in the terminal's foreground, another signal the one process it is sent to.
+        (os.killpg if number == signal.SIGINT else os.kill)(bench.pid, number)
+        _, said = bench.communicate(timeout=60)
+    finally:
+        bench.kill()
+    assert said == "Stopped.\n"
+    assert bench.returncode == 128 + number
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive

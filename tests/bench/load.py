@@ -60,6 +60,8 @@ def wrk(call: Call, callers: int, seconds: int, folder: Path) -> subprocess.Pope
 def result(process: subprocess.Popen) -> dict[str, float]:
     """What a `wrk` saw: requests, seconds, errors (statuses from 400), broken (no answer), p50, p99 and max in ms.
 
+    Those `served` are the requests that were no errors, and `per_second` counts them alone.
+
     Raises RuntimeError with what it printed if it could not run.
     """
     try:
@@ -70,7 +72,8 @@ def result(process: subprocess.Popen) -> dict[str, float]:
     if process.returncode or not line:
         raise RuntimeError(f"wrk failed: {printed}")
     seen = json.loads("{" + line)
-    return seen | {"per_second": seen["requests"] / seen["seconds"]}
+    served = seen["requests"] - seen["errors"]
+    return seen | {"served": served, "per_second": served / seen["seconds"]}
 
 
 def percentile(values: Iterable[float], percent: int) -> float:

@@ -2,9 +2,11 @@
 
 Peers live in environments of their own in `.bench/`, newest release of each, and are set up the way their documentation
 recommends for production, as far as that can be had without a database: each setting here has its reason beside it.
-All of them find the vendor at the same addresses, over TLS, with the same throwaway CA.
+All of them find the same vendor, over TLS, with the same throwaway CA.
 """
 
+import contextlib
+import functools
 import json
 import os
 import secrets
@@ -12,12 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
-from world.gateway import PROJECT, PROVIDER_DATA, Gateway, free_port, processes
-from world.wire import NameServer
+import psutil
+from world.gateway import PROJECT, PROVIDER_DATA, Gateway, free_port
+from world.services import ISSUER, Services
 
 from .load import Call
 from .upstream import GOOD_KEY, WRONG_KEY, Upstream
@@ -25,14 +30,43 @@ from .upstream import GOOD_KEY, WRONG_KEY, Upstream
 CACHE = PROJECT / ".bench"
 
 
-def prepare(target: str) -> None:
-    """See that this machine can run `make {target}`, and have a SIGTERM end it as Ctrl-C does. Exits with a sentence if not."""
+class Stopped(SystemExit):
+    """The exit after a SIGTERM."""
+
+
+def terminate(*_: object) -> NoReturn:
+    """End this process as a SIGTERM should, with everything that it started."""
+    raise Stopped(128 + signal.SIGTERM)
+
+
+def deaf() -> None:
+    """Let nothing interrupt the tidying up that follows."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run_tool(target: str, main: Callable[[], None]) -> NoReturn:
+    """Run `main` as `make {target}`: what goes wrong is a sentence, and the exit code tells of it.
+
+    A SIGTERM ends it as Ctrl-C does, with everything that it started.
+    """
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
     if not sys.platform.startswith("linux"):
         sys.exit(f"make {target} needs Linux: it weighs processes by what /proc says of them.")
-    os.environ["PATH"] += os.pathsep + "/usr/sbin"
     if missing := [command for command in ("wrk", "nginx", "openssl") if not shutil.which(command)]:
         sys.exit(f"make {target} needs {' and '.join(missing)}: sudo apt-get install {' '.join(missing)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Stopped:
+        print("Stopped.", file=sys.stderr)
+        raise
+    except (RuntimeError, OSError, Skipped) as error:
+        sys.exit(f"make {target} ended early: {error}")
+    sys.exit()
 
 
 class Skipped(Exception):
@@ -46,16 +80,42 @@ class Server(Gateway):
         super().__init__(home, tuple(map(str, command)), cwd, **settings)
         self.health = health
 
+    def start(self, seconds: float = 180) -> Gateway:
+        """As any gateway, but patiently: some peers take long."""
+        return super().start(seconds)
+
+    def tree(self) -> Iterator[psutil.Process]:
+        """Its command and every process below that."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            leader = psutil.Process(self.process.pid)
+            yield from (leader, *leader.children(recursive=True))
+
     def memory(self) -> float:
-        """The memory of all its processes, in MB, what they share counted once (PSS). Source: /proc/PID/smaps_rollup."""
+        """The memory of all its processes, in MB, what they share counted once (PSS)."""
         total = 0
-        for pid, *_ in processes(self.process.pid):
-            try:
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            except OSError:
-                continue
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-        return total / 1000
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total / 1e6
+
+    def cpu(self) -> float:
+        """The CPU time that its processes have taken so far, in seconds."""
+        total = 0.0
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def idle(self, seconds: float = 10) -> bool:
+        """Wait until it has worked off what it was sent. Returns False if it is still busy after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            before = self.cpu()
+            time.sleep(0.25)
+            if self.cpu() - before < 0.02:
+                return True
+        return False
 
 
 @dataclass
@@ -86,6 +146,7 @@ def megabytes(folder: Path) -> float:
     return sum(f.lstat().st_size for f in folder.rglob("*") if "__pycache__" not in f.parts and not f.is_dir()) / 1e6
 
 
+@functools.cache
 def environment(name: str, *packages: str) -> Path:
     """An environment in `.bench/` with `packages`, installed or brought up to date. Returns its folder."""
     folder = CACHE / name
@@ -114,18 +175,21 @@ def direct(up: Upstream, home: Path) -> Contender:
             for kind, base, key in (
                 ("near", up.near, GOOD_KEY),
                 ("wrong", up.near, WRONG_KEY),
-                ("paced", up.paced, GOOD_KEY),
+                # Streams without TLS, as gateways hand them on: its cost to the reader here is not the vendor's.
+                ("paced", f"{up.plain}/paced", GOOD_KEY),
                 ("far", up.far, GOOD_KEY),
             )
         },
     )
 
 
-def own_environment() -> Path:
+@functools.cache
+def own_environment(python: str = "") -> Path:
     """The environment that `make server` installs: apart from the project's own, which has the test tools in it too."""
-    folder = CACHE / "lls-openai"
-    uv = os.environ.get("UV", "uv")
-    run(uv, "sync", "--quiet", "--frozen", "--compile-bytecode", UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
+    folder = CACHE / f"lls-openai{python}"
+    sync = (os.environ.get("UV", "uv"), "sync", "--quiet", "--frozen", "--compile-bytecode")
+    other = ("--python", python, "--no-python-downloads") if python else ()
+    run(*sync, *other, UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
     return folder
 
 
@@ -149,25 +213,52 @@ def vendor_urls(up: Upstream) -> dict[str, str]:
     return {"OPENAI_PASSTHROUGH_URL": up.near, "ANTHROPIC_PASSTHROUGH_URL": up.paced, "GEMINI_PASSTHROUGH_URL": up.far}
 
 
-def ours(up: Upstream, home: Path, workers: int) -> Contender:
-    """This project as `make server` starts it, its CA in a directory of hashed ones, as on Debian and Fedora."""
+def ours(up: Upstream, home: Path, workers: int, **more: str) -> Contender:
+    """This project as `make server EGRESS=0` starts it, its CA in a directory of hashed ones, as on Debian and Fedora."""
     folder = own_environment()
-    settings = vendor_urls(up) | {
+    settings = vendor_urls(up) | {"SSL_CERT_DIR": str(up.hashed), "EGRESS": "0"}
+    return started(folder, home, "make server", workers, f"llama-stack {version(folder, 'llama_stack')}", settings | more)
+
+
+def egress(up: Upstream, home: Path, workers: int, **more: str) -> Contender:
+    """This project as `make server EGRESS=1` starts it: a proxy of its own finds the vendors by their names."""
+    if not shutil.which("haproxy"):
+        raise Skipped("HAProxy is not installed: sudo apt-get install haproxy")
+    release = subprocess.run(["haproxy", "-v"], check=True, capture_output=True, text=True).stdout.split()[2]
+    folder = own_environment()
+    settings = {
+        "EGRESS": "1",
+        "EGRESS_PORT": str(free_port()),
+        "EGRESS_CA": str(up.ca),
+        "EGRESS_NAMESERVER": f"127.0.0.1:{up.names}",
+        "EGRESS_VENDOR_PORT": str(up.vendor_port),
+    }
+    release = f"llama-stack {version(folder, 'llama_stack')}, haproxy {release}"
+    return started(folder, home, "make server EGRESS=1", workers, release, settings | more)
+
+
+def started(folder: Path, home: Path, command: str, workers: int, release: str, settings: dict[str, str]) -> Contender:
+    """This project, by `make server` with `settings` in the environment."""
+    common = {
         "UV_PROJECT_ENVIRONMENT": str(folder),
-        "SSL_CERT_DIR": str(up.hashed),
         "LLAMA_STACK_WORKERS": str(workers),
         "SQLITE_STORE_DIR": str(home / "store"),
     }
-    server = Server(home, ("make", "--silent", "server"), **settings)
-    title = f"make server, {workers} worker{'s' * (workers > 1)}"
-    return Contender(
-        f"ours-{workers}",
-        title,
-        provider_data_calls(server),
-        server,
-        f"llama-stack {version(folder, 'llama_stack')}",
-        megabytes(folder),
-    )
+    server = Server(home, ("make", "--silent", "server"), **common, **settings)
+    name = f"{'egress' if settings['EGRESS'] == '1' else 'ours'}-{workers}"
+    title = f"{command}, {workers} worker{'s' * (workers > 1)}"
+    return Contender(name, title, provider_data_calls(server), server, release, megabytes(folder))
+
+
+def tokens(up: Upstream, home: Path) -> Contender:
+    """This project once more, checking at each call a token of an identity provider, as LiteLLM checks its master key."""
+    identity = Services()
+    identity.__enter__()  # A daemon thread, which ends with this process.
+    here = {"AUTH_JWKS_URI": f"{identity.url}/jwks", "AUTH_ISSUER": ISSUER}
+    contender = egress(up, home, 1, **here)
+    bearer = {"Authorization": f"Bearer {identity.token(exp=int(time.time()) + 24 * 3600)}"}
+    calls = {kind: replace(call, headers=call.headers | bearer) for kind, call in contender.calls.items()}
+    return replace(contender, name="tokens", title=f"{contender.title}, tokens", calls=calls)
 
 
 def bare(up: Upstream, home: Path) -> Contender:
@@ -191,7 +282,8 @@ def ogx(up: Upstream, home: Path) -> Contender:
     store, shim = home / "store", home / "bin"
     shim.mkdir(parents=True)
     (shim / "llama").symlink_to("/bin/true")
-    run("deploy/serve.sh", PATH=f"{shim}:{Path(sys.executable).parent}:{os.environ['PATH']}", SQLITE_STORE_DIR=str(store))
+    path = f"{shim}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run("deploy/serve.sh", PATH=path, EGRESS="0", LLAMA_STACK_PORT=str(free_port()), SQLITE_STORE_DIR=str(store))
     port = free_port()
     server = Server(
         home,
@@ -280,31 +372,11 @@ def portkey(up: Upstream, home: Path) -> Contender:
     return Contender("portkey", "Portkey", calls, server, release, megabytes(folder))
 
 
-def egress(up: Upstream, home: Path) -> Contender:
-    """This project as `make server EGRESS=1` starts it, for the distant vendor: its proxy finds the vendors' names there."""
-    if not shutil.which("haproxy"):
-        raise Skipped("HAProxy is not installed (apt-get install haproxy)")
-    names = NameServer()
-    names.__enter__()  # A daemon thread, which ends with this process.
-    folder = own_environment()
-    server = Server(
-        home,
-        ("make", "--silent", "server", "EGRESS=1"),
-        UV_PROJECT_ENVIRONMENT=str(folder),
-        EGRESS_PORT=str(free_port()),
-        EGRESS_NAMESERVER=f"127.0.0.1:{names.port}",
-        EGRESS_VENDOR_PORT=str(up.far_port),
-        # HAProxy reads a file. One CA in it costs the server, which reads it too, no more than a hashed directory.
-        SSL_CERT_FILE=str(up.ca),
-        SQLITE_STORE_DIR=str(home / "store"),
-    )
-    far = {"far": provider_data_calls(server)["far"]}
-    release = subprocess.run(["haproxy", "-v"], check=True, capture_output=True, text=True).stdout.split()[2]
-    return Contender("egress", "make server EGRESS=1", far, server, f"haproxy {release}", megabytes(folder))
-
-
 MAKERS: dict[str, Callable[[Upstream, Path], Contender]] = {
     "direct": direct,
+    "egress-1": lambda up, home: egress(up, home, 1),
+    "egress-2": lambda up, home: egress(up, home, 2),
+    "tokens": tokens,
     "ours-1": lambda up, home: ours(up, home, 1),
     "ours-2": lambda up, home: ours(up, home, 2),
     "bare": bare,
@@ -312,5 +384,4 @@ MAKERS: dict[str, Callable[[Upstream, Path], Contender]] = {
     "litellm-1": lambda up, home: litellm(up, home, 1),
     "litellm-2": lambda up, home: litellm(up, home, 2),
     "portkey": portkey,
-    "egress": egress,
 }

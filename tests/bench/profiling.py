@@ -4,12 +4,14 @@ py-spy (installed into `.bench/`) samples one worker while wrk, or 50 streams, k
 holds Python's lock, or runs native code without it; each counts for the first line of `PARTS` that its stack matches.
 """
 
+import contextlib
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
+
+from world.table import table
 
 from . import peers
 from .load import Call, result, stream, wrk
@@ -19,7 +21,7 @@ SECONDS = 10
 PARTS = {
     "printing a traceback of the error": r"print_exception|traceback\.py",
     "writing the log line of the call": r"structlog|logging/__init__|uvicorn/logging",
-    "inserting the chat into the view": r"store_chat_completion|sqlalchemy|aiosqlite",
+    "inserting the chat, which nothing keeps": r"store_chat_completion|sqlalchemy|aiosqlite",
     "building the client and its TLS context": r"_get_openai_client|create_ssl_context|load_verify_locations",
     "TCP and TLS to the vendor": r"start_tls|do_handshake|connect_tcp|sslproto|anyio/streams/tls",
     "checking and writing JSON (pydantic)": r"site-packages/pydantic|json/(en|de)coder",
@@ -35,31 +37,20 @@ def sample(server: peers.Server, call: Call, kind: str, folder: Path) -> list[tu
     """
     out = folder / f"{kind}.txt"
     spy = peers.environment("py-spy", "py-spy") / "bin/py-spy"
-    record = [
-        spy,
-        "record",
-        "--gil",
-        "--full-filenames",
-        "-d",
-        str(SECONDS),
-        "-r",
-        "250",
-        "-f",
-        "raw",
-        "-o",
-        out,
-        "-p",
-        str(server.server),
-    ]
+    options = f"--gil --full-filenames --format raw --rate 250 --duration {SECONDS} --pid {server.server}"
+    record = [spy, "record", *options.split(), "--output", out]
     if kind == "streams":
-        load = threading.Thread(target=stream, args=(call, 50, int(SECONDS / 0.05) + 60, 50))
+        load = threading.Thread(target=stream, args=(call, 50, int(SECONDS / 0.05) + 60, 50), daemon=True)
         load.start()
         done = subprocess.run(record, capture_output=True, text=True, check=False)
         load.join()
     else:
         load = wrk(call, 8, SECONDS + 2, folder)
-        done = subprocess.run(record, capture_output=True, text=True, check=False)
-        result(load)
+        try:
+            done = subprocess.run(record, capture_output=True, text=True, check=False)
+            result(load)
+        finally:
+            load.kill()
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
     return [(stack, int(count)) for stack, _, count in (line.rpartition(" ") for line in out.read_text().splitlines())]
@@ -75,23 +66,29 @@ def shares(stacks: list[tuple[str, int]]) -> list[float]:
 
 def main() -> None:
     """Sample, print the table, and keep it beside the results of the bench."""
-    peers.prepare("profile")
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, Upstream(Path(folder)) as up:
-        contender = peers.ours(up, Path(folder) / "ours", 1)
-        kinds = {"regular calls": "near", "wrong keys": "wrong", "streams": "paced"}
-        with contender.server as server:
-            columns = [shares(sample(server, contender.calls[call], kind, Path(folder))) for kind, call in kinds.items()]
-    lines = [f"| {part} | {' | '.join(f'{column[i]:.0f} %' for column in columns)} |" for i, part in enumerate(PARTS)]
-    head = f"`make profile`: one worker, 8 callers or 50 streams, {contender.version}, share of the server's Python time.\n\n"
-    table = f"| | {' | '.join(kinds)} |\n|---|{'---:|' * len(kinds)}\n" + "\n".join(lines) + "\n"
-    (Path(__file__).parent / "profile.md").write_text(head + table)
-    print(head + table)
+    kinds = {"regular calls": "near", "wrong keys": "wrong", "streams": "paced"}
+    columns: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        up = stack.enter_context(Upstream(folder))
+        try:
+            for start, name in {"plain": "ours-1", "EGRESS=1": "egress-1"}.items():
+                contender = peers.MAKERS[name](up, folder / name)
+                with contender.server as server:
+                    for kind, call in kinds.items():
+                        print(f"sampling {contender.title}: {kind}", flush=True)
+                        columns[f"{kind}, {start}"] = shares(sample(server, contender.calls[call], kind, folder))
+        finally:
+            peers.deaf()
+    order = sorted(columns, key=lambda title: list(kinds).index(title.partition(",")[0]))
+    rows = [[part, *(f"{columns[title][i]:.0f} %" for title in order)] for i, part in enumerate(PARTS)]
+    text = (
+        f"`make profile`: one worker, 8 callers or 50 streams, the vendor near, {contender.version}, share of the server's Python "
+        f"time.\n\n{table(['', *order], rows)}\n"
+    )
+    (Path(__file__).parent / "profile.md").write_text(text)
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, peers.Skipped) as error:
-        sys.exit(f"The profile was not taken: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped.")
+    peers.run_tool("profile", main)

@@ -5,12 +5,18 @@ nginx cannot pace, it passes to an asyncio server. The prompt says how one is to
 carries the moment it was sent, so that a reader on the same machine knows how long it travelled.
 
 Base URLs: `near` for regular calls, `paced` for streams, and `far` for both, through a relay that keeps the vendor a 40 ms
-round trip away and counts new connections.
+round trip away and counts new connections. `plain` has near and paced without TLS, for callers without a gateway.
+
+An egress proxy looks for vendors by name, all at one port: `names` is a name server that leads it there, to OpenAI as the
+near vendor, Anthropic as the paced and Gemini as the far one, which has an address of its own for that.
 """
 
 import asyncio
+import contextlib
+import functools
 import json
 import multiprocessing
+import random
 import re
 import shutil
 import signal
@@ -23,12 +29,20 @@ from typing import Any, Self
 
 import certifi
 import trustme
+from dnslib.server import BaseResolver, DNSLogger, DNSServer
+from dnslib.zoneresolver import ZoneResolver
 from world.gateway import free_port
 
 GOOD_KEY = "sk-fake-good"
 WRONG_KEY = "sk-fake-wrong"
 ROUND_TRIP = 0.040  # seconds
-HOSTS = ("api.openai.com", "generativelanguage.googleapis.com", "api.anthropic.com")
+FAR_ADDRESS = "127.0.0.2"
+ADDRESSES = {
+    "api.openai.com": "127.0.0.1",
+    "api.anthropic.com": "127.0.0.1",
+    "generativelanguage.googleapis.com": FAR_ADDRESS,
+}
+QUIET = DNSLogger("-request,-reply,-truncated,-error")
 
 ANSWER = json.dumps(
     {
@@ -74,11 +88,16 @@ http {{
   server {{
     {listen}
     location / {{ return 200 '{models}'; }}
-    location = /near/v1/chat/completions {{
+    location ~ ^/(near/)?v1/chat/completions$ {{
       if ($refused) {{ return 401 '{refusal}'; }}
       return 200 '{answer}';
     }}
     location = /paced/v1/chat/completions {{ proxy_pass http://vendor; }}
+  }}
+  server {{
+    {listen}
+    server_name api.anthropic.com;
+    location / {{ proxy_pass http://vendor; }}
   }}
   server {{
     {listen_far}
@@ -129,7 +148,8 @@ class Vendor(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.transport.write(self.head % (b"text/event-stream", b"Transfer-Encoding: chunked"))
         self.send({"role": "assistant", "content": ""})
-        start = loop.time()
+        # From the second chunk on streams are out of step with each other, as the world's are: nobody has to take them in bursts.
+        start = loop.time() - gap * random.random()
         for number in range(chunks):
             if gap:
                 await asyncio.sleep(start + number * gap - loop.time())
@@ -175,7 +195,11 @@ class Relay(asyncio.Protocol):
         """Open the vendor's side."""
         other = Relay(self.target, self.opened)
         other.peer = self
-        await self.loop.create_connection(lambda: other, "127.0.0.1", self.target)
+        try:
+            await self.loop.create_connection(lambda: other, "127.0.0.1", self.target)
+        except OSError:  # The vendor is about to end.
+            self.transport.abort()
+            return
         self.peer = other
         for data in self.early:
             self.pass_on(data)
@@ -200,68 +224,106 @@ class Relay(asyncio.Protocol):
             self.loop.call_at(self.due(), self.peer.transport.close)
 
 
-def serve(port: int, protocol: Callable[[], asyncio.Protocol]) -> None:
-    """Serve on loopback, in both address families where `localhost` has two, until killed."""
+def serve(addresses: list[tuple[str, int]], protocol: Callable[[], asyncio.Protocol]) -> None:
+    """Serve on loopback until killed, in both address families where `localhost` has two."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     async def forever() -> None:
-        server = await asyncio.get_running_loop().create_server(protocol, "localhost", port, backlog=1024)
-        await server.serve_forever()
+        loop = asyncio.get_running_loop()
+        servers = [await loop.create_server(protocol, host, port, backlog=1024) for host, port in addresses]
+        await asyncio.gather(*(server.serve_forever() for server in servers))
 
-    asyncio.run(forever())
+    with contextlib.suppress(OSError):  # Its port was taken meanwhile: whoever waits for it says so.
+        asyncio.run(forever())
 
 
-def wait_for_port(port: int, seconds: float = 10) -> None:
-    """Return as soon as something accepts connections on loopback. Raises TimeoutError after `seconds`."""
+def listens(port: int) -> bool:
+    """Whether something accepts connections on loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(port: int, ready: Callable[[], bool], running: Callable[[], bool], seconds: float = 20) -> None:
+    """Return as soon as `ready`. Raises RuntimeError if what is to serve on `port` is no longer running, or after `seconds`."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+    while time.monotonic() < deadline and running():
+        if ready():
+            return
         time.sleep(0.05)
-    raise TimeoutError(f"Nothing listens on port {port}.")
+    raise RuntimeError(f"The bench's own vendor did not start on port {port}. Is the port in use? Run it again.")
+
+
+class Resolver(BaseResolver):
+    """Knows the vendors' IPv4 addresses. Asked for others of theirs, it says that there are none, not that there is no vendor."""
+
+    def __init__(self) -> None:
+        self.zone = ZoneResolver("\n".join(f"{name}. 1 IN A {address}" for name, address in ADDRESSES.items()))
+
+    def resolve(self, request: Any, handler: Any) -> Any:
+        reply = self.zone.resolve(request, handler)
+        if str(request.q.qname).rstrip(".") in ADDRESSES:
+            reply.header.rcode = 0
+        return reply
 
 
 class Upstream:
     """All of it, as a context manager. `near`, `paced` and `far` are base URLs; the CA comes in the three forms programs want.
 
     `ca` is the throwaway CA alone, `bundle` a file of public CAs with it added (what a program that loads a bundle has to
-    read), `hashed` a directory of CA files named by hash.
+    read), `hashed` a directory of CA files named by hash. `vendor_port` is where all vendors are, as a name server on port
+    `names` has it. Entering raises RuntimeError, with a sentence, if a port was taken meanwhile.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        self.folder, self.vendor_port = folder, port or free_port()
         self.opened = multiprocessing.get_context("fork").Value("L", 0, lock=False)
 
     def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.start(stack)
+            self.stack = stack.pop_all()
+        return self
+
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Start everything, and have `stack` end it."""
         self.certify()
-        front, back, vendor, relay = (free_port() for _ in range(4))
+        front, (http, back, vendor, relay) = self.vendor_port, (free_port() for _ in range(4))
         self.near, self.paced = f"https://localhost:{front}/near", f"https://localhost:{front}/paced"
-        self.far = f"https://localhost:{relay}"
-        self.far_port = relay
+        self.far, self.plain = f"https://localhost:{relay}", f"http://127.0.0.1:{http}"
         addresses = {address[4][0] for address in socket.getaddrinfo("localhost", front, type=socket.SOCK_STREAM)}
-        listen = "".join(f"listen {f'[{a}]' if ':' in a else a}:{front} ssl backlog=1024; " for a in addresses)
-        far = f"listen 127.0.0.1:{back} ssl backlog=1024;"
-        settings = {"listen": listen, "listen_far": far, "vendor": vendor, "key": GOOD_KEY}
+        listen = "".join(f"listen {f'[{a}]' if ':' in a else a}:{front} ssl; " for a in addresses)
+        listen += f"listen 127.0.0.1:{http};"
+        settings = {"listen": listen, "listen_far": f"listen 127.0.0.1:{back} ssl;", "vendor": vendor, "key": GOOD_KEY}
         config = self.folder / "nginx.conf"
         config.write_text(NGINX.format(folder=self.folder, models=NO_MODELS, refusal=REFUSAL, answer=ANSWER, **settings))
+        said = stack.enter_context((self.folder / "nginx.txt").open("w"))
+        nginx = subprocess.Popen(["nginx", "-p", self.folder, "-c", config], stderr=said, start_new_session=True)
+        stack.callback(nginx.wait)
+        stack.callback(nginx.terminate)
+        # It writes its number once it listens on all its ports.
+        wait_for(front, (self.folder / "nginx.pid").exists, lambda: nginx.poll() is None)
         fork = multiprocessing.get_context("fork")
-        self.children = [
-            fork.Process(target=serve, args=(vendor, Vendor), daemon=True),
-            fork.Process(target=serve, args=(relay, lambda: Relay(back, self.opened)), daemon=True),
-        ]
-        for child in self.children:
+        for where, protocol in (
+            ([("localhost", vendor)], Vendor),
+            ([("localhost", relay), (FAR_ADDRESS, front)], lambda: Relay(back, self.opened)),
+        ):
+            child = fork.Process(target=serve, args=(where, protocol), daemon=True)
             child.start()
-        self.nginx = subprocess.Popen(["nginx", "-p", self.folder, "-c", config], start_new_session=True)
-        for port in (front, back, vendor, relay):
-            wait_for_port(port)
-        return self
+            stack.callback(child.join)
+            stack.callback(child.terminate)
+            port = where[0][1]
+            wait_for(port, functools.partial(listens, port), child.is_alive)
+        names = DNSServer(Resolver(), address="127.0.0.1", port=0, logger=QUIET)
+        self.names = names.server.server_address[1]
+        names.start_thread()
+        stack.callback(names.server.server_close)
+        stack.callback(names.stop)
 
     def certify(self) -> None:
         """Make the throwaway CA and one certificate for `localhost` and the vendors' names."""
         ca = trustme.CA()
-        certificate = ca.issue_cert("localhost", *HOSTS)
+        certificate = ca.issue_cert("localhost", *ADDRESSES)
         certificate.private_key_pem.write_to_path(self.folder / "server.key")
         for blob in certificate.cert_chain_pems:
             blob.write_to_path(self.folder / "server.pem", append=True)
@@ -273,9 +335,4 @@ class Upstream:
         shutil.copy(self.ca, self.hashed / f"{name.stdout.strip()}.0")
 
     def __exit__(self, *_: object) -> None:
-        self.nginx.terminate()
-        for child in self.children:
-            child.terminate()
-        for child in self.children:
-            child.join()
-        self.nginx.wait()
+        self.stack.close()
