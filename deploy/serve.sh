@@ -16,22 +16,16 @@ default() { # What run.yaml has for a variable that is not set.
   sed -n "s|.*{env\.$1:=\([^}]*\)}.*|\1|p" run.yaml | head -n 1
 }
 
-# Settings.
+# Settings that cannot work, or would without a word do something else than they say.
 wrong="$(env | sed -nE -f deploy/settings.sed)"
 [ -z "$wrong" ] || refuse "$wrong"
-set -- "${LLAMA_STACK_TLS_CERTFILE-}" "${LLAMA_STACK_TLS_KEYFILE-}"
-[ -z "$1$2" ] || { [ -n "$1" ] && [ -n "$2" ]; } || refuse "For HTTPS, set both LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE."
-for file; do
-  [ -z "$file" ] || [ -r "$file" ] || refuse "$file cannot be read: see LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE."
-done
-[ -z "$1" ] || ! grep -q ENCRYPTED "$2" || refuse "The key in $2 has a passphrase, for which nobody is asked: give the server a key without."
+[ -n "$(default SQLITE_STORE_DIR)" ] || refuse "run.yaml is not the one that ships: it does not say where SQLITE_STORE_DIR is."
+cert="${LLAMA_STACK_TLS_CERTFILE-}" key="${LLAMA_STACK_TLS_KEYFILE-}"
+case "${cert:+cert}${key:+key}" in cert | key) refuse "For HTTPS, set both LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE." ;; esac
+for file in ${cert:+"$cert" "$key"}; do [ -r "$file" ] || refuse "$file cannot be read: see the LLAMA_STACK_TLS_ settings."; done
+[ -z "$key" ] || ! grep -q ENCRYPTED "$key" || refuse "The key in $key has a passphrase, for which nobody is asked: give the server a key without."
 [ -n "${AUTH_JWKS_URI-}" ] || [ -z "${AUTH_ISSUER-}${AUTH_AUDIENCE-}" ] ||
   refuse "Without AUTH_JWKS_URI nobody needs a token: set it, or unset AUTH_ISSUER and AUTH_AUDIENCE."
-export LLAMA_STACK_HOST="${LLAMA_STACK_HOST:-$(default LLAMA_STACK_HOST)}"
-export LLAMA_STACK_PORT="${LLAMA_STACK_PORT:-$(default LLAMA_STACK_PORT)}"
-export LLAMA_STACK_WORKERS="${LLAMA_STACK_WORKERS:-$(default LLAMA_STACK_WORKERS)}"
-
-[ -n "$(default SQLITE_STORE_DIR)" ] || refuse "run.yaml is not the one that ships: it does not say where SQLITE_STORE_DIR is."
 
 # The egress proxy keeps connections to the vendors open. It cannot go through another proxy. Debian keeps it where root looks.
 PATH="$PATH:/usr/local/sbin:/usr/sbin"
@@ -43,12 +37,13 @@ esac
 
 # The port, also on ::1: `localhost` means that too, so whoever listens there would be sent keys. On other addresses the server
 # finds out by itself. Linux lists who listens (0A).
+export LLAMA_STACK_HOST="${LLAMA_STACK_HOST:-$(default LLAMA_STACK_HOST)}"
+export LLAMA_STACK_PORT="${LLAMA_STACK_PORT:-$(default LLAMA_STACK_PORT)}"
 rival="(0{8}|0{32}|0100007F|0{24}01000000|0{16}FFFF00000100007F):$(printf %04X "$LLAMA_STACK_PORT") [0-9A-F]+:[0-9A-F]+ 0A"
 [ -r /proc/net/tcp ] || rival="[.]$LLAMA_STACK_PORT .*LISTEN"
 case "$LLAMA_STACK_HOST" in 127.0.0.1 | ::1 | localhost)
   ! { cat /proc/net/tcp /proc/net/tcp6 2> /dev/null || netstat -an; } | grep -Eq "$rival" ||
-    refuse "Port $LLAMA_STACK_PORT is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT."
-  ;;
+    refuse "Port $LLAMA_STACK_PORT is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT." ;;
 esac
 
 # Keys travel with the calls, so none is handed to the server. The organization and the project are not its to have either:
@@ -78,10 +73,8 @@ named="${no_proxy:-${NO_PROXY-}}"
 for url in "$(default OPENAI_PASSTHROUGH_URL)" "$(default GEMINI_PASSTHROUGH_URL)" "$(default ANTHROPIC_PASSTHROUGH_URL)" \
   "${OPENAI_PASSTHROUGH_URL-}" "${GEMINI_PASSTHROUGH_URL-}" "${ANTHROPIC_PASSTHROUGH_URL-}" \
   "${AUTH_JWKS_URI-}" "${OTEL_EXPORTER_OTLP_ENDPOINT-}"; do
-  case "${demanded:+proxy}$url" in
-    '' | proxy | proxyhttps:*) ;;
-    *) host="${url#*://}" && named="$named,${url%%://*}://${host%%[/?#]*}" ;;
-  esac
+  host="${url#*://}" && host="${host%%[/?#]*}"
+  case "${demanded:+proxy}$url" in '' | proxy | proxyhttps:*) ;; *) named="$named,${url%%://*}://$host" ;; esac
 done
 unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy no_proxy
 [ -z "$demanded" ] || export HTTPS_PROXY="$demanded"
@@ -101,18 +94,16 @@ mv "$store.$$" "$store"
 
 # The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. Exported logs
 # would hold exceptions, which quote keys and prompts. Callers make up model names, which label the metrics: sent as differences,
-# they can be forgotten.
+# they can be forgotten. The last host above is the collector's; its exporter takes NO_PROXY without a scheme.
 set --
 if [ -n "${OTEL_EXPORTER_OTLP_ENDPOINT-}" ]; then
   set -- opentelemetry-instrument
-  export OTEL_LOGS_EXPORTER=none OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}"
+  export OTEL_LOGS_EXPORTER=none OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}" NO_PROXY="$NO_PROXY,$host"
   export OTEL_EXPORTER_OTLP_PROTOCOL="${OTEL_EXPORTER_OTLP_PROTOCOL:-http/protobuf}"
   export OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE="${OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE:-delta}"
-  host="${OTEL_EXPORTER_OTLP_ENDPOINT#*://}"
-  NO_PROXY="$NO_PROXY,${host%%[/?#]*}" # The exporter knows no schemes there.
 fi
-for url in "${AUTH_JWKS_URI-}" "${OTEL_EXPORTER_OTLP_ENDPOINT-}"; do
-  [ -z "$url" ] || httpx "$url" 2> /dev/null | grep -q '^HTTP/' || say "Nothing answers at $url. The gateway starts all the same."
+for url in ${AUTH_JWKS_URI:+"$AUTH_JWKS_URI"} ${OTEL_EXPORTER_OTLP_ENDPOINT:+"$OTEL_EXPORTER_OTLP_ENDPOINT"}; do
+  httpx "$url" 2> /dev/null | grep -q '^HTTP/' || say "Nothing answers at $url. The gateway starts all the same."
 done
 
 # The log goes through a filter. Should nobody take it any more (a full disk), it is read on, because a server that cannot print
@@ -132,10 +123,11 @@ server=$!
   trap '' HUP INT TERM
   rm "$pipe"
   # Until it is up: what it says, without tracebacks. One worker is complete before it has the port, of which several say nothing.
-  missing=$((LLAMA_STACK_WORKERS == 1 ? 2 : LLAMA_STACK_WORKERS))
+  missing="${LLAMA_STACK_WORKERS:-$(default LLAMA_STACK_WORKERS)}"
+  [ "$missing" -gt 1 ] || missing=2
   while [ "$missing" -gt 0 ] && IFS= read -r line; do
     case "$line" in
-      *'[Errno '*) echo "LLAMA_STACK_HOST is '$LLAMA_STACK_HOST', LLAMA_STACK_PORT is '$LLAMA_STACK_PORT':" "${line#*\[Errno }" ;;
+      *'[Errno '*) echo "LLAMA_STACK_HOST is '$LLAMA_STACK_HOST', LLAMA_STACK_PORT is '$LLAMA_STACK_PORT': ${line#*\[Errno }" ;;
       '{'*) printf '%s\n' "$line" | show ;;
       # It would neither serve nor exit, or start its workers for ever.
       '  File "'*' in create_app' | 'Process SpawnProcess-'*) { sleep 1 && kill "$server" 2> /dev/null; } & ;;
@@ -146,7 +138,7 @@ server=$!
   done
   [ "$missing" -eq 0 ] || exit 1
   host="$(printf '%s\n' "$LLAMA_STACK_HOST" | sed 's/.*:.*/[&]/')"
-  say "The gateway answers at http${LLAMA_STACK_TLS_KEYFILE:+s}://$host:$LLAMA_STACK_PORT. Ctrl-C stops it."
+  say "The gateway answers at http${key:+s}://$host:$LLAMA_STACK_PORT. Ctrl-C stops it."
   show || exec cat > /dev/null
 ) < "$pipe" &
 log=$!

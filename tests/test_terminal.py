@@ -1,0 +1,92 @@
+"""What somebody sees who starts the gateway at a terminal, and how Ctrl-C ends it."""
+
+import re
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from world.calls import ALL_KEYS, MODELS, caller, chat
+from world.gateway import clean_environ, eventually, free_port
+from world.terminal import Terminal
+from world.vendors import Vendors
+
+CTRL_C = b"\x03"
+
+
+def terminal(home: Path, vendors: Vendors, **settings: str) -> Terminal:
+    """`make server` at a terminal."""
+    return Terminal(("make", "server"), clean_environ(home, **settings, **vendors.environ()))
+
+
+class Stream(threading.Thread):
+    """A caller of a stream. `started` is set with its first line, `whole` says whether it came to its end."""
+
+    def __init__(self, url: str, model: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.model, self.started, self.whole = url, model, threading.Event(), False
+        self.start()
+        assert self.started.wait(60)
+
+    def run(self) -> None:
+        body = chat(self.model, "count to ten", stream=True)
+        try:
+            with caller(self.url) as client, client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=body) as answer:
+                for line in answer.iter_lines():
+                    self.started.set()
+                    self.whole = self.whole or '"finish_reason":"stop"' in line
+        except httpx.HTTPError:
+            self.whole = False
+
+
+def test_plain_words_and_a_short_line_a_call(vendors: Vendors, tmp_path: Path) -> None:
+    port = free_port()
+    with terminal(tmp_path, vendors, LLAMA_STACK_PORT=str(port)) as at, caller(f"http://127.0.0.1:{port}") as client:
+        at.wait_for(f"The gateway answers at http://127.0.0.1:{port}. Ctrl-C stops it.")
+        assert "Calls go straight to the vendors." in at.screen
+        client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0]))
+        client.get("/v1/prompts?key=sk-fake-in-a-url")
+        at.wait_for("/v1/prompts")
+        at.press(CTRL_C)
+        assert at.wait() == 0
+    lines = at.screen.splitlines()
+    assert [line for line in lines if re.fullmatch(r"\d\d:\d\d:\d\d  200  POST /v1/chat/completions", line)]
+    assert [line for line in lines if re.fullmatch(r"\d\d:\d\d:\d\d  403  GET /v1/prompts", line)]
+    assert "{" not in at.screen, "a line meant for programs is shown to a person"
+    assert lines[-1] == "The gateway has stopped."
+    assert "make:" not in at.screen
+
+
+def test_ctrl_c_lets_streams_finish(vendors: Vendors, tmp_path: Path) -> None:
+    port = free_port()
+    with terminal(tmp_path, vendors, LLAMA_STACK_PORT=str(port)) as at:
+        at.wait_for("The gateway answers")
+        stream = Stream(f"http://127.0.0.1:{port}", "openai/slow")
+        at.press(CTRL_C)
+        at.wait_for("when the calls in flight have ended")
+        assert at.wait(120) == 0
+        stream.join(10)
+        assert stream.whole
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_ctrl_c_ends_it_at_once(vendors: Vendors, tmp_path: Path, workers: str) -> None:
+    """Left to itself the stock server would hang, with a stream open that never ends."""
+    port = free_port()
+    with terminal(tmp_path, vendors, LLAMA_STACK_PORT=str(port), LLAMA_STACK_WORKERS=workers) as at:
+        at.wait_for("The gateway answers")
+        stream = Stream(f"http://127.0.0.1:{port}", "openai/stall")
+        at.press(CTRL_C)
+        at.wait_for("Ctrl-C ends it at once")
+        at.press(CTRL_C)
+        at.wait(30)
+        stream.join(10)
+        assert not stream.is_alive()
+
+    def gone() -> bool:
+        try:
+            return not httpx.get(f"http://127.0.0.1:{port}/v1/health", trust_env=False, timeout=5)
+        except httpx.ConnectError:
+            return True
+
+    assert eventually(gone, 10), "something still answers"

@@ -1,0 +1,67 @@
+"""A terminal, for what people see and type: a pseudo-terminal whose screen is read on the side, so that nothing can hang on it."""
+
+import contextlib
+import os
+import pty
+import subprocess
+import threading
+from pathlib import Path
+from typing import Self
+
+from .gateway import PROJECT, eventually
+
+
+class Terminal:
+    """`command` on a terminal of its own, with `environ`. A context manager that leaves nothing running."""
+
+    def __init__(self, command: tuple[str, ...], environ: dict[str, str], cwd: Path = PROJECT) -> None:
+        self.command, self.environ, self.cwd = command, environ, cwd
+        self.shown = b""
+
+    @property
+    def screen(self) -> str:
+        """All that has been shown so far."""
+        return self.shown.decode(errors="replace").replace("\r\n", "\n")
+
+    def press(self, keys: bytes) -> None:
+        """Type; `b"\\x03"` is Ctrl-C."""
+        os.write(self.controller, keys)
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Wait until `text` is on the screen. Raises AssertionError with the screen after `seconds`."""
+        assert eventually(lambda: text in self.screen, seconds), self.screen
+
+    def wait(self, seconds: float = 60) -> int:
+        """Wait for the end of the command, and of what it shows. Returns its exit code."""
+        code = self.process.wait(seconds)
+        self.reader.join(5)
+        return code
+
+    def read(self) -> None:
+        with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error.
+            while data := os.read(self.controller, 4096):
+                self.shown += data
+
+    def __enter__(self) -> Self:
+        self.controller, terminal = pty.openpty()
+        # `setsid --ctty` makes the terminal the one whose Ctrl-C the command gets.
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *self.command],
+            cwd=self.cwd,
+            env=self.environ,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.controller)  # Hangs up on the command.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        self.process.kill()
+        self.process.wait()
