@@ -92,13 +92,15 @@ store="$SQLITE_STORE_DIR/keeps-nothing.db"
 rm -f "$store-wal" "$store-shm"
 mv "$store.$$" "$store"
 
-# The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. Exported logs
-# would hold exceptions, which quote keys and prompts. Callers make up model names, which label the metrics: sent as differences,
-# they can be forgotten. The last host above is the collector's; its exporter takes NO_PROXY without a scheme.
+# The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. Nothing of a
+# caller's goes out: no logs, which quote keys and prompts, and no attribute of a span, such as a URL's query, beyond 4 characters.
+# Metrics are labelled with model names, which callers make up: sent as differences, they can be forgotten. The last host above
+# is the collector's, whose exporter takes NO_PROXY without a scheme.
 set --
 if [ -n "${OTEL_EXPORTER_OTLP_ENDPOINT-}" ]; then
   set -- opentelemetry-instrument
   export OTEL_LOGS_EXPORTER=none OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}" NO_PROXY="$NO_PROXY,$host"
+  export OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT="${OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT:-4}"
   export OTEL_EXPORTER_OTLP_PROTOCOL="${OTEL_EXPORTER_OTLP_PROTOCOL:-http/protobuf}"
   export OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE="${OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE:-delta}"
 fi

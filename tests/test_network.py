@@ -243,7 +243,7 @@ def test_metrics_reach_the_collector(team: httpx.Client, services: Services, tok
 
 def test_traces_reach_the_collector(team: httpx.Client, services: Services, token: dict[str, str]) -> None:
     team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(MODELS[0], PROMPT))
-    wait_for(lambda: [span for span in services.spans() if span.get("http.route") == "/v1/chat/completions"])
+    wait_for(lambda: [span for span in services.spans() if span["name"] == "POST /v1/chat/completions"])
 
 
 def test_telemetry_and_log_hold_no_key_token_or_prompt(

@@ -32,7 +32,7 @@ class Terminal:
         assert eventually(lambda: text in self.screen, seconds), self.screen
 
     def wait(self, seconds: float = 60) -> int:
-        """Wait for the end of the command, and of what it shows. Returns its exit code."""
+        """Wait for the end of the command, and of what it shows. Returns its exit code, negative for a signal."""
         code = self.process.wait(seconds)
         self.reader.join(5)
         return code
@@ -44,15 +44,14 @@ class Terminal:
 
     def __enter__(self) -> Self:
         self.controller, terminal = pty.openpty()
-        # `setsid --ctty` makes the terminal the one whose Ctrl-C the command gets.
+        # setsid makes the terminal the one whose Ctrl-C the command gets.
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *self.command],
+            ["setsid", "--ctty", *self.command],
             cwd=self.cwd,
             env=self.environ,
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
-            start_new_session=True,
         )
         os.close(terminal)
         self.reader = threading.Thread(target=self.read, daemon=True)
