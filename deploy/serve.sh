@@ -69,10 +69,11 @@ done
 
 # A call can hold URLs, such as an MCP server's, that the server would fetch. Whatever is not named here is sent to a proxy that
 # is not there. A proxy that the operator demands decides about HTTPS instead, the vendors' included.
+OTEL_EXPORTER_OTLP_ENDPOINT="$(printf '%s\n' "${OTEL_EXPORTER_OTLP_ENDPOINT-}" | sed -E 's#//(127.0.0.1|\[::1])#//localhost#')"
 named="${no_proxy:-${NO_PROXY-}}"
 for url in "$(default OPENAI_PASSTHROUGH_URL)" "$(default GEMINI_PASSTHROUGH_URL)" "$(default ANTHROPIC_PASSTHROUGH_URL)" \
   "${OPENAI_PASSTHROUGH_URL-}" "${GEMINI_PASSTHROUGH_URL-}" "${ANTHROPIC_PASSTHROUGH_URL-}" \
-  "${AUTH_JWKS_URI-}" "${OTEL_EXPORTER_OTLP_ENDPOINT-}"; do
+  "${AUTH_JWKS_URI-}" "$OTEL_EXPORTER_OTLP_ENDPOINT"; do
   host="${url#*://}" && host="${host%%[/?#]*}"
   case "${demanded:+proxy}$url" in '' | proxy | proxyhttps:*) ;; *) named="$named,${url%%://*}://$host" ;; esac
 done
@@ -97,9 +98,9 @@ mv "$store.$$" "$store"
 # Metrics are labelled with model names, which callers make up: sent as differences, they can be forgotten. The last host above
 # is the collector's, whose exporter takes NO_PROXY without a scheme.
 set --
-if [ -n "${OTEL_EXPORTER_OTLP_ENDPOINT-}" ]; then
+if [ -n "$OTEL_EXPORTER_OTLP_ENDPOINT" ]; then
   set -- opentelemetry-instrument
-  export OTEL_LOGS_EXPORTER=none OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}" NO_PROXY="$NO_PROXY,$host"
+  export OTEL_EXPORTER_OTLP_ENDPOINT OTEL_LOGS_EXPORTER=none OTEL_SERVICE_NAME="${OTEL_SERVICE_NAME:-lls-openai}" NO_PROXY="$NO_PROXY,$host"
   export OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT="${OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT:-4}"
   export OTEL_EXPORTER_OTLP_PROTOCOL="${OTEL_EXPORTER_OTLP_PROTOCOL:-http/protobuf}"
   export OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE="${OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE:-delta}"
@@ -153,7 +154,7 @@ stop() {
   kill "$server" 2> /dev/null || :
 }
 insist() {
-  [ -z "$asked" ] || { asked=130 && ps -A -o pid= -o ppid= | awk -v of="$server" '$1 == of || $2 == of { print $1 }' | xargs kill -KILL; }
+  [ -z "$asked" ] || { asked=130 && { echo "$server" && ps -A -o pid= -o ppid= 2> /dev/null | awk -v of="$server" '$1 == of || $2 == of { print $1 }'; } | xargs kill -KILL 2> /dev/null; }
   stop
 }
 trap stop HUP TERM

@@ -11,5 +11,9 @@
 /^AUTH_JWKS_URI=(https?:\/\/.+)?$/! s/^(AUTH_JWKS_URI)=(.*)/\1 is '\2', which is no URL: it starts with https:\/\/ or http:\/\/./p
 /^OTEL_EXPORTER_OTLP_ENDPOINT=(https?:\/\/.+)?$/! s/^(OTEL_EXPORTER_OTLP_ENDPOINT)=(.*)/\1 is '\2', which is no URL: it starts with https:\/\/ or http:\/\/./p
 
+# Its exporter could be let past the closed proxy (deploy/serve.sh) to every port of such an address only, and callers' URLs too.
+/^OTEL_EXPORTER_OTLP_ENDPOINT=https?:\/\/(127\.0\.0\.1|\[::1\])([:\/].*)?$/ b
+s/^OTEL_EXPORTER_OTLP_ENDPOINT=(https?:\/\/(\[.*|[0-9.]+([:\/].*)?))$/OTEL_EXPORTER_OTLP_ENDPOINT is '\1': name the collector's host, if need be in \/etc\/hosts, instead of its address./p
+
 /^LLAMA_STACK_LOG_FORMAT=(json)?$/! s/^LLAMA_STACK_LOG_FORMAT=(.*)/LLAMA_STACK_LOG_FORMAT is '\1': only the lines of json can be cleared of callers' keys and prompts. Unset it./p
 s/^LLAMA_STACK_LOG_FILE=(.+)/LLAMA_STACK_LOG_FILE is '\1': callers' keys and prompts would be written there. Unset it./p
