@@ -22,7 +22,6 @@ from world.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, event
 from world.load import Load
 from world.vendors import InBackground, Vendors
 
-
 # A streamed answer of about 4 s beside regular ones.
 BODIES = (chat("openai/slow", "count to four", stream=True), chat(MODELS[0]))
 
@@ -50,8 +49,10 @@ class Recorder(InBackground):
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
             elif self.mode == "stall":
                 self.alive += 1
-                await reader.read()
-                self.alive -= 1
+                try:
+                    await reader.read()
+                finally:
+                    self.alive -= 1
         writer.close()
 
     async def serve(self) -> None:
@@ -194,9 +195,12 @@ def recorded(folder: Path, mode: str = "answer", **settings: str) -> Iterator[tu
     """A caller of a balancer in front of two servers that are one recorder, and the recorder."""
     if not HAPROXY:
         pytest.skip("HAProxy is not installed (Debian: apt-get install haproxy)")
-    with Recorder(mode) as recorder, Balancer(folder, {"a": recorder, "b": recorder}, **settings) as balancer:
-        with caller(balancer.url, timeout=60) as client:
-            yield client, recorder
+    with (
+        Recorder(mode) as recorder,
+        Balancer(folder, {"a": recorder, "b": recorder}, **settings) as balancer,
+        caller(balancer.url, timeout=60) as client,
+    ):
+        yield client, recorder
 
 
 def raw(client: httpx.Client) -> socket.socket:
