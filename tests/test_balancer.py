@@ -5,92 +5,73 @@ import contextlib
 import re
 import signal
 import socket
+import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import httpx
 import pytest
+import trustme
 import yaml
-from world.calls import ALL_KEYS, MODELS, chat
+from world.calls import ALL_KEYS, MODELS, caller, chat, one_key
 from world.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port
-from world.vendors import Vendors
+from world.load import Load
+from world.vendors import InBackground, Vendors
+
+# A streamed answer of about 4 s beside regular ones.
+BODIES = (chat("openai/slow", "count to four", stream=True), chat(MODELS[0]))
 
 
-class Call(NamedTuple):
-    """One call of the load: when it began and ended on `time.monotonic`, and what was wrong with its answer."""
+class Recorder(InBackground):
+    """What stands in for a gateway where a test must see what one gets. A context manager.
 
-    stream: bool
-    began: float
-    ended: float
-    wrong: str | None
-
-
-class Load:
-    """Callers that each make one call after the other, regular or streamed, until the context ends.
-
-    A streamed answer takes about 4 s. An answer is whole if it has a finish_reason.
+    `heads` are the requests that came, as sent, without health checks. `mode` is what happens to them: "answer", "close" the
+    connection without an answer, or "stall". `alive` counts the connections that wait for an answer.
     """
 
-    def __init__(self, url: str, callers: int = 4) -> None:
-        self.url, self.callers = url, callers
-        self.calls: list[Call] = []
+    def __init__(self, mode: str = "answer") -> None:
+        self.mode, self.heads, self.alive = mode, [], 0
 
-    async def call(self, client: httpx.AsyncClient, stream: bool) -> None:
-        """Make one call and write down how it went."""
-        began, wrong = time.monotonic(), None
-        body = chat("openai/slow", "count to four", stream=True) if stream else chat(MODELS[0])
-        try:
-            response = await client.post("/v1/chat/completions", headers=ALL_KEYS, json=body)
-            if not response.is_success or not re.search(r'"finish_reason": ?"stop"', response.text):
-                wrong = f"{response.status_code} {response.text[-200:]}"
-        except httpx.HTTPError as error:
-            wrong = repr(error)
-        self.calls.append(Call(stream, began, time.monotonic(), wrong))
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, with one request."""
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = re.search(r"content-length: (\d+)", head)
+            await reader.readexactly(int(length[1]) if length else 0)
+            health = "/v1/health" in head
+            if not health:
+                self.heads.append(head)
+            if self.mode == "answer" or health:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+            elif self.mode == "stall":
+                self.alive += 1
+                try:
+                    await reader.read()
+                finally:
+                    self.alive -= 1
+        writer.close()
 
-    async def run(self) -> None:
-        """Keep every caller busy until the context ends."""
-
-        async def caller(stream: bool) -> None:
-            while not self.ending.is_set():
-                await self.call(client, stream)
-                await asyncio.sleep(0.05)
-
-        async with httpx.AsyncClient(base_url=self.url, timeout=30, trust_env=False) as client:
-            await asyncio.gather(*(caller(stream) for stream in (True, False) for _ in range(self.callers)))
-
-    @property
-    def lost(self) -> list[Call]:
-        return [call for call in self.calls if call.wrong]
-
-    def __str__(self) -> str:
-        streams = sum(call.stream for call in self.calls)
-        return f"{len(self.calls) - streams} regular and {streams} streamed calls, {len(self.lost)} lost"
-
-    def __enter__(self) -> Self:
-        self.ending = threading.Event()
-        self.thread = threading.Thread(target=asyncio.run, args=(self.run(),), daemon=True)
-        self.thread.start()
-        time.sleep(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ending.set()
-        self.thread.join(30)
+    async def serve(self) -> None:
+        """Listen until `stop` is set."""
+        server = await asyncio.start_server(self.connected, "127.0.0.1", backlog=1024)
+        self.port = server.sockets[0].getsockname()[1]
+        self.ready.set()
+        await self.stop.wait()
+        server.close()
 
 
 class Balancer:
-    """HAProxy with the configuration that ships, in front of two gateways. A context manager."""
+    """HAProxy with the configuration that ships, in front of `gateways`. A context manager."""
 
-    def __init__(self, folder: Path, gateways: dict[str, Gateway]) -> None:
-        self.folder, self.socket, port = folder, folder / "admin", free_port()
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, folder: Path, gateways: dict[str, Gateway | Recorder], **settings: str) -> None:
+        self.folder, self.socket, self.port = folder, folder / "admin", free_port()
+        self.url = f"{'https' if 'HAPROXY_CRT' in settings else 'http'}://127.0.0.1:{self.port}"
         self.settings = {f"GATEWAY_{name.upper()}": f"127.0.0.1:{gateway.port}" for name, gateway in gateways.items()}
-        self.settings |= {"HAPROXY_BIND": f"127.0.0.1:{port}", "HAPROXY_SOCKET": str(self.socket)}
+        self.settings |= {"HAPROXY_BIND": f"127.0.0.1:{self.port}", "HAPROXY_SOCKET": str(self.socket)} | settings
 
     def admin(self, command: str) -> str:
         """Say something to HAProxy's socket and return the answer."""
@@ -99,7 +80,7 @@ class Balancer:
             connection.sendall(f"{command}\n".encode())
             return connection.makefile().read()
 
-    def wait_until_up(self, *names: str, seconds: float = 15) -> None:
+    def wait_until_up(self, *names: str, seconds: float = 60) -> None:
         """Wait until HAProxy's own health checks have found these gateways well."""
 
         def up() -> bool:
@@ -112,8 +93,13 @@ class Balancer:
         command = [HAPROXY, "-f", "deploy/balancer.cfg"]
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=log, stderr=subprocess.STDOUT)
-        eventually(self.socket.exists, 5)
+        assert eventually(self.listens), (self.folder / "log").read_text()
         return self
+
+    def listens(self) -> bool:
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
@@ -164,18 +150,18 @@ def restart(balancer: Balancer, name: str, gateway: Gateway, announced: bool) ->
     balancer.wait_until_up(name)
 
 
-def kill(balancer: Balancer, gateway: Gateway, callers: int, seconds: float) -> None:
-    """End one gateway without warning, with a load before and for some seconds after, and check who noticed.
+def kill(balancer: Balancer, gateway: Gateway, callers: int, calls: int) -> None:
+    """End one gateway without warning, with a load before and for some calls after, and check who noticed.
 
     Until the process is gone, which takes its memory a moment, its socket still takes calls that nobody will answer.
     """
-    with Load(balancer.url, callers) as load:
-        time.sleep(2)
+    with Load(balancer.url, BODIES, callers) as load:
+        load.wait_for_calls()
         killed = time.monotonic()
         gateway.signal(signal.SIGKILL)
         gateway.process.wait()
         gone = time.monotonic()
-        time.sleep(seconds)
+        load.wait_for_calls(calls)
     in_hand = [call for call in load.calls if call.began < gone and call.ended > killed]
     print(f"One of two gateways killed, with {len(in_hand)} calls open at the two: {load}, all of them of those.")
     assert load.lost
@@ -183,10 +169,183 @@ def kill(balancer: Balancer, gateway: Gateway, callers: int, seconds: float) -> 
     assert any(call.began > gone for call in load.calls)
 
 
+@pytest.fixture
+def client(balancer: Balancer) -> Iterator[httpx.Client]:
+    """A caller of the two gateways."""
+    with caller(balancer.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tls(gateways: dict[str, Gateway], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A caller of a balancer that speaks HTTPS, and needs neither a second gateway nor an admin socket."""
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(folder / "crt.pem")
+    balancer = Balancer(folder, {"a": gateways["a"]}, HAPROXY_CRT=str(folder / "crt.pem"))
+    del balancer.settings["HAPROXY_SOCKET"]
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    with balancer, caller(balancer.url, timeout=60, verify=trust) as client:
+        assert eventually(lambda: client.get("/v1/health").is_success, 60)
+        yield client
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, mode: str = "answer", **settings: str) -> Iterator[tuple[httpx.Client, Recorder]]:
+    """A caller of a balancer in front of two servers that are one recorder, and the recorder."""
+    if not HAPROXY:
+        pytest.skip("HAProxy is not installed (Debian: apt-get install haproxy)")
+    with (
+        Recorder(mode) as recorder,
+        Balancer(folder, {"a": recorder, "b": recorder}, **settings) as balancer,
+        caller(balancer.url, timeout=60) as client,
+    ):
+        yield client, recorder
+
+
+def raw(client: httpx.Client) -> socket.socket:
+    """A bare connection to where the client calls."""
+    return socket.create_connection((client.base_url.host, client.base_url.port), timeout=60)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/", "/v1/chat/completions//"])
+def test_a_slash_too_many_makes_no_difference(tls: httpx.Client, path: str) -> None:
+    """The stock server would redirect the call, with its keys, to http://."""
+    response = tls.post(path, headers=ALL_KEYS, json=chat(MODELS[0]))
+    assert response.status_code == 200
+    assert response.json()["choices"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1/models%2F", "/v1/chat/completions%2f", "//", "/docs/", "/docs%2F"])
+def test_no_redirect_gets_out(tls: httpx.Client, path: str) -> None:
+    response = tls.get(path, headers=ALL_KEYS)
+    assert not response.is_redirect
+    assert "location" not in response.headers
+
+
+@pytest.mark.parametrize("name", ["rebound.example", "localhost.rebound.example", "127.0.0.1.rebound.example", ""])
+def test_a_name_that_is_not_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    """A page that has led its own name to this address could otherwise call."""
+    with recorded(tmp_path, HAPROXY_HOSTS="gateway.example other.example") as (client, recorder):
+        assert client.get("/v1/models", headers={"Host": name}).status_code == 421
+        assert not recorder.heads
+        for right in ("gateway.example", "other.example:8320", "localhost:8320", "LOCALHOST", "127.0.0.1", "[::1]:8320"):
+            assert client.get("/v1/models", headers={"Host": right}).status_code == 200
+
+
+def test_without_names_it_goes_by_its_address_alone(tmp_path: Path) -> None:
+    with recorded(tmp_path) as (client, _):
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/v1/models", headers={"Host": ""}).status_code == 421
+        assert client.get("/v1/models", headers={"Host": "gateway.example"}).status_code == 421
+
+
+def test_a_gateway_learns_the_callers_address_from_the_balancer_alone(tmp_path: Path) -> None:
+    claims = {"X-Forwarded-For": "9.9.9.9", "X-Forwarded-Proto": "ftp", "Forwarded": "for=9.9.9.9", "X-Real-IP": "9.9.9.9"}
+    with recorded(tmp_path) as (client, recorder):
+        assert client.get("/v1/models", headers=claims).is_success
+        (head,) = recorder.heads
+    assert "9.9.9.9" not in head
+    assert "ftp" not in head
+    assert "x-forwarded-for: 127.0.0.1\r\n" in head
+
+
+def test_one_key_for_one_call_is_not_handed_to_every_vendor(client: httpx.Client, vendors: Vendors) -> None:
+    seen = len(vendors.seen)
+    for path in ("/v1/models", "/v1/models/"):
+        listed = client.get(path, headers=one_key(MODELS[0])).json()["data"]
+        assert sorted(model["id"] for model in listed) == sorted(MODELS)
+    assert len(vendors.seen) == seen
+    assert client.post("/v1/chat/completions", headers=one_key(MODELS[0]), json=chat(MODELS[0])).is_success
+
+
+def test_each_vendors_own_key_lists_its_models(client: httpx.Client) -> None:
+    listed = [model["id"] for model in client.get("/v1/models", headers=ALL_KEYS).json()["data"]]
+    assert "anthropic/anthropic-other" in listed
+
+
+def test_a_call_that_a_gateway_may_have_seen_is_not_sent_again(tmp_path: Path) -> None:
+    with recorded(tmp_path, "close") as (client, recorder):
+        assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).status_code == 502
+        assert len(recorder.heads) == 1
+
+
+def test_a_call_that_no_gateway_takes_is_a_sentence(tmp_path: Path) -> None:
+    with recorded(tmp_path, GATEWAY_A="127.0.0.1:9", GATEWAY_B="127.0.0.1:9") as (client, _):
+        response = client.get("/v1/models")
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "No gateway is up."
+
+
+def test_who_hangs_up_frees_the_gateway(tmp_path: Path) -> None:
+    with recorded(tmp_path, "stall") as (client, recorder):
+        with raw(client) as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert eventually(lambda: recorder.alive == 1)
+        assert eventually(lambda: recorder.alive == 0)
+
+
+def test_a_body_beyond_the_limit_is_refused_and_an_image_is_not(tmp_path: Path) -> None:
+    with recorded(tmp_path) as (client, recorder):
+        assert client.post("/v1/responses", headers=ALL_KEYS, content=bytes(20_000_001)).status_code == 413
+        assert not recorder.heads
+        assert client.post("/v1/responses", headers=ALL_KEYS, content=bytes(20_000_000)).status_code == 200
+
+
+def test_a_body_of_unknown_length_is_refused(tmp_path: Path) -> None:
+    with recorded(tmp_path) as (client, recorder):
+        assert client.post("/v1/responses", headers=ALL_KEYS, content=iter([b"{", b"}"])).status_code == 411
+        assert not recorder.heads
+
+
+def test_a_call_without_a_key_does_not_reach_the_server(tmp_path: Path) -> None:
+    """What any page can make a browser send: no header of its own."""
+    with recorded(tmp_path) as (client, recorder):
+        response = client.post("/v1/chat/completions", headers={"Content-Type": "text/plain"}, content=b"{}")
+        assert response.status_code == 401
+        assert "X-LlamaStack-Provider-Data" in response.json()["error"]["message"]
+        assert not recorder.heads
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"POST /v1/chat/comp",
+        b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nAuthorization: x\r\nContent-Length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "half a head", "half a body"],
+)
+def test_who_connects_and_does_not_ask_is_sent_away(tmp_path: Path, said: bytes) -> None:
+    with recorded(tmp_path) as (client, recorder), raw(client) as connection:
+        connection.sendall(said)
+        while connection.recv(1000):
+            pass
+        assert not recorder.heads
+
+
+def test_one_address_cannot_take_all_places(tmp_path: Path) -> None:
+    with recorded(tmp_path) as (client, _), contextlib.ExitStack() as stack:
+        for _ in range(500):
+            stack.enter_context(raw(client))
+        one_more = stack.enter_context(raw(client))
+        with contextlib.suppress(ConnectionResetError):
+            assert one_more.recv(1) == b""
+        other = httpx.HTTPTransport(local_address="127.0.0.2")
+        with httpx.Client(transport=other, timeout=60) as elsewhere:
+            assert elsewhere.get(client.base_url.join("/v1/models")).is_success
+
+
+def test_nobody_elsewhere_reaches_it_unless_told() -> None:
+    configuration = (PROJECT / "deploy" / "balancer.cfg").read_text()
+    assert set(re.findall(r"^ *bind (\S+)", configuration, re.MULTILINE)) == {'"${HAPROXY_BIND-127.0.0.1:8320}"'}
+
+
 @pytest.mark.parametrize("announced", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["announced", "unannounced"])
 def test_a_restart_loses_no_call(balancer: Balancer, gateways: dict[str, Gateway], announced: bool) -> None:
     before = gateways["a"].process.pid
-    with Load(balancer.url) as load:
+    with Load(balancer.url, BODIES, callers=4) as load:
+        load.wait_for_calls()
         restart(balancer, "a", gateways["a"], announced)
     assert gateways["a"].process.pid != before
     assert {call.stream for call in load.calls} == {True, False}
@@ -201,19 +360,20 @@ def test_memory_under_load_is_less_than_a_pod_asks_for(balancer: Balancer, gatew
 
 
 def test_a_killed_gateway_loses_what_it_had_in_hand_and_no_more(balancer: Balancer, gateways: dict[str, Gateway]) -> None:
-    kill(balancer, gateways["b"], callers=4, seconds=3)
+    kill(balancer, gateways["b"], callers=4, calls=2)
 
 
 @pytest.mark.slow
 def test_three_rolling_restarts_and_two_kills(balancer: Balancer, gateways: dict[str, Gateway]) -> None:
     """The figures in the README come from here: `make rolling` prints them."""
-    with Load(balancer.url, callers=8) as load:
+    with Load(balancer.url, BODIES, callers=8) as load:
+        load.wait_for_calls()
         for _ in range(3):
             for name, gateway in gateways.items():
                 restart(balancer, name, gateway, announced=True)
     print(f"\nThree rolling restarts of two gateways: {load}.")
     assert load.lost == []
     for victim in gateways.values():
-        kill(balancer, victim, callers=8, seconds=5)
+        kill(balancer, victim, callers=8, calls=3)
         victim.start()
         balancer.wait_until_up(*gateways)
