@@ -70,6 +70,6 @@ def test_the_ai_sdk(gateway: Gateway, folder: Path, vendor: str) -> None:
     expected: dict[str, object] = {}
     for name, status in (("default", 500), ("chat", 429), ("compatible", 429)):
         spoken = {name: talk(vendor, "any"), f"{name} stream": talk(vendor, "any")}
-        tools = dict.fromkeys((f"{name} tool", f"{name} streamed tool"), talk(vendor, "tool-call", '"21 in Paris"'))
+        tools = dict.fromkeys((f"{name} tool", f"{name} streamed tool"), talk(vendor, "tool-call", "21 in Paris"))
         expected |= spoken | tools | {f"{name} object": json.loads(STRUCTURED), f"{name} 429": status}
     assert run(gateway, folder, "ai-sdk.mjs", vendor) == expected
