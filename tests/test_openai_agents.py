@@ -50,8 +50,9 @@ def test_an_agent_uses_its_tool(ends: BothEnds, settings: dict, kind: type, stre
     }
 
 
-def test_an_agent_uses_two_tools_at_once(ends: BothEnds, settings: dict) -> None:
-    answer, asked = run(ends, settings, OpenAIResponsesModel, "openai/tool-calls")
+@pytest.mark.parametrize("stream", [False, True], ids=["regular", "stream"])
+def test_an_agent_uses_two_tools_at_once(ends: BothEnds, settings: dict, stream: bool) -> None:
+    answer, asked = run(ends, settings, OpenAIResponsesModel, "openai/tool-calls", stream)
     assert sorted(asked) == ["Paris", "Rome"]
     assert answer.endswith("You said: 21 degrees in Rome")
 

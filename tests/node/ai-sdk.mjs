@@ -18,13 +18,19 @@ for (const [name, of] of [["default", openai], ["chat", openai.chat], ["compatib
   for await (const delta of streamText({ model: of(`${model}/any`), ...more }).textStream) text += delta;
   print(`${name} stream`, text);
 
-  const weather = tool({ inputSchema: z.object({ city: z.string() }), execute: async ({ city }) => `21 in ${city}` });
+  const cities = [];
+  const inputSchema = z.object({ city: z.string() });
+  const weather = tool({ inputSchema, execute: async ({ city }) => (cities.push(city), `21 in ${city}`) });
   const steps = { tools: { weather }, stopWhen: stepCountIs(3) };
   print(`${name} tool`, (await generateText({ model: of(`${model}/tool-call`), ...steps, ...more })).text);
 
   text = "";
   for await (const delta of streamText({ model: of(`${model}/tool-call`), ...steps, ...more }).textStream) text += delta;
   print(`${name} streamed tool`, text);
+
+  cities.length = 0;
+  await streamText({ model: of(`${model}/tool-calls`), ...steps, ...more }).consumeStream();
+  print(`${name} streamed tools`, cities.sort());
 
   const output = Output.object({ schema: z.object({ city: z.string(), degrees: z.number() }) });
   print(`${name} object`, (await generateText({ model: of(`${model}/structured`), output, ...more })).output);
