@@ -45,7 +45,7 @@ libraries: $(UV)  ## the client libraries' tests, with the newest release of eac
 	NEWEST_NODE=1 $(UV) run --isolated --no-project --refresh-package openai --refresh-package openai-agents \
 	  --refresh-package langchain-openai --refresh-package llama-stack-client \
 	  --with openai,openai-agents,langchain-openai,llama-stack-client --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn \
-	  pytest $(addprefix tests/test_,openai_sdk.py responses.py agents.py llama_stack_client.py langchain.py node.py)
+	  pytest $(addprefix tests/test_,openai_sdk.py openai_agents.py responses.py llama_stack_client.py langchain.py node.py)
 
 FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_restarts.py test_serve.py)
 

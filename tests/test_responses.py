@@ -224,8 +224,8 @@ def test_a_function_tool_and_its_output(sdk: OpenAI, ends: BothEnds, vendor: str
 def test_parallel_tool_calls_and_their_outputs(sdk: OpenAI, ends: BothEnds, stream: bool) -> None:
     question = {"model": "openai/tool-calls", "tools": [WEATHER_FUNCTION]}
     if stream:
-        with sdk.responses.stream(input="Hello", **question) as events:
-            answer = events.get_final_response()
+        *_, last = sdk.responses.create(input="Hello", stream=True, **question)
+        answer = last.response
     else:
         answer = sdk.responses.create(input="Hello", **question)
     assert [(call.call_id, call.arguments) for call in answer.output] == [

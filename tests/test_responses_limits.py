@@ -15,7 +15,7 @@ from openai import OpenAI
 from world.calls import ALL_KEYS, MODELS, WEATHER_FUNCTION, WRONG_KEY, Weather, events, responses
 from world.ends import BothEnds
 from world.gateway import PROVIDER_DATA, Gateway, eventually
-from world.vendors import KEYS, VENDORS, Vendors
+from world.vendors import KEYS, TOOL_CALLS, VENDORS, Vendors
 
 # What reaches the vendor of a plain call.
 HELLO = {
@@ -241,6 +241,16 @@ def test_no_tool_choice_drops_the_tools_and_leaves_their_parallel_calls(sdk: Ope
     assert ("tools" in ends.arrived, ends.arrived["parallel_tool_calls"]) == (False, True)
     sdk.responses.create(**question, parallel_tool_calls=None)
     assert ends.arrived == HELLO
+
+
+def test_parallel_tool_calls_in_a_stream_share_an_index(client: httpx.Client) -> None:
+    """Which the `.stream()` helper of OpenAI's SDK refuses from release 3 on; its final response has them right."""
+    call = responses("openai/tool-calls", stream=True, tools=[WEATHER_FUNCTION])
+    stream = events(client.post("/v1/responses", headers=ALL_KEYS, json=call))
+    added = [event for event in stream if event["type"] == "response.output_item.added"]
+    assert [event["item"]["call_id"] for event in added] == [call["id"] for call in TOOL_CALLS]
+    assert [event["output_index"] for event in added] == [0, 0]
+    assert [item["call_id"] for item in stream[-1]["response"]["output"]] == [call["id"] for call in TOOL_CALLS]
 
 
 def test_file_search_is_told_to_the_model_and_finds_nothing(client: httpx.Client, vendors: Vendors) -> None:
