@@ -329,7 +329,7 @@ def readme(results: dict) -> str:
         for name in BARS
         if name in r.contenders
     ]
-    head = ["", "speed", "requests/s", "ms CPU", "ms added", "ms a chunk", "s in a storm", "MB memory", "MB disk", "version"]
+    head = ["", "of LiteLLM", "requests/s", "ms CPU", "ms added", "ms a chunk", "s in a storm", "MB memory", "MB disk", "version"]
     outcome = claims(r)
     missed = "; ".join(f"{text}: {measured}" for text, measured, holds in outcome if holds is False)
     unknown = "; ".join(text for text, _, holds in outcome if holds is None)
