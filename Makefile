@@ -60,7 +60,7 @@ mutants: $(UV)  ## change the project on purpose, and see that a test notices (O
 
 bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: ROUNDS=1 SECONDS=1)
 	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \
-	  --minutes $(or $(MINUTES),27) $(if $(SEED),--seed $(SEED)) --only $(ONLY)
+	  --minutes $(or $(MINUTES),28) $(if $(SEED),--seed $(SEED)) --only $(ONLY)
 
 profile: $(UV)  ## where the server's time goes, sampled with py-spy; SETTINGS=1: what each setting adds or takes off
 	@PYTHONPATH=tests $(UV) run --group dev python -m bench.$(if $(SETTINGS),settings,profiling)

@@ -353,7 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3, help="how long each step lasts")
-    parser.add_argument("--minutes", type=float, default=27, help="begin no round that would not end within this time")
+    parser.add_argument("--minutes", type=float, default=28, help="begin no round that would not end within this time")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="draws the order of the contenders")
     parser.add_argument("--only", nargs="*", choices=peers.MAKERS, default=[], metavar="NAME", help=" ".join(peers.MAKERS))
     options = parser.parse_args()

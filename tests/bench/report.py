@@ -14,9 +14,10 @@ STREAMS = (1, 50, 300)
 PATIENCE = 20  # seconds that a caller waits for an answer while wrong keys pour in
 
 
-def readme_file() -> Path:
-    """The document with the markers between which the README's part of the results belongs."""
-    return next(file for file in (TESTS / "README.md", TESTS.parent / "README.md") if file.exists() and BEGIN in file.read_text())
+def readme_file() -> Path | None:
+    """The document with the markers between which the README's part of the results belongs, if there is one."""
+    files = [file for file in (TESTS / "README.md", TESTS.parent / "README.md") if file.exists()]
+    return next((file for file in files if BEGIN in file.read_text()), None)
 
 
 def number(value: float) -> str:
@@ -329,7 +330,7 @@ def readme(results: dict) -> str:
         for name in BARS
         if name in r.contenders
     ]
-    head = ["", "speed", "requests/s", "ms CPU", "ms added", "ms a chunk", "s in a storm", "MB memory", "MB disk", "version"]
+    head = ["", "of LiteLLM", "requests/s", "ms CPU", "ms added", "ms a chunk", "s in a storm", "MB memory", "MB disk", "version"]
     outcome = claims(r)
     missed = "; ".join(f"{text}: {measured}" for text, measured, holds in outcome if holds is False)
     unknown = "; ".join(text for text, _, holds in outcome if holds is None)
@@ -344,8 +345,9 @@ def files(results: dict) -> dict[str, str]:
 
 
 def update_readme(results: dict) -> None:
-    """Replace what stands between the markers in the README."""
-    file = readme_file()
-    before, begin, rest = file.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    file.write_text(f"{before}{begin}\n{readme(results)}\n{end}{after}")
+    """Replace what stands between the markers in the README, if it has them."""
+    if file := readme_file():
+        before, begin, rest = file.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if end:
+            file.write_text(f"{before}{begin}\n{readme(results)}\n{end}{after}")
