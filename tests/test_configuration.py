@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 from world.calls import ALL_KEYS, MODELS, RUN_YAML, caller, chat, one_key
-from world.gateway import BY_HAND, PROJECT, PROVIDER_DATA, Gateway, session
+from world.gateway import BY_HAND, PROJECT, PROVIDER_DATA, Gateway, family
 from world.vendors import KEYS, Vendors
 
 PERMITTED = {
@@ -103,7 +103,7 @@ def test_it_writes_to_its_own_folder_alone(client: httpx.Client, gateway: Gatewa
     assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
     written = {
         Path(file.path)
-        for process in session(gateway.process.pid)
+        for process in family(gateway.process.pid)
         for file in process.open_files()
         if file.mode != "r" and not file.path.endswith("(deleted)")
     }
