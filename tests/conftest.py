@@ -1,5 +1,6 @@
 """The fixtures that most tests share: the stand-in vendors, the gateway as `make server` starts it, and a caller."""
 
+import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,11 @@ LIBRARIES = ("openai", "openai-agents", "langchain-openai", "llama-stack-client"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", type=Path, help="write what the tests of faults measured to this file, as a table")
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C work in what the tests start: a shell that starts the suite in the background would have it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

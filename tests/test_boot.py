@@ -117,7 +117,7 @@ def test_what_the_user_has_set_stays(vendors: Vendors, tmp_path: Path) -> None:
 
 def test_stops_at_once_when_idle_and_tells_so(vendors: Vendors, tmp_path: Path) -> None:
     gateway = Gateway(tmp_path, SERVE, **vendors.environ()).start()
-    assert gateway.stop() in (0, -15, 143)
+    assert gateway.stop(60) in (0, -15, 143)
     assert not gateway.answers()
     assert processes(gateway.process.pid) == []
 

@@ -25,11 +25,11 @@ LONG = "one two three four five six seven eight nine ten " * 500
     ("model", "when"), [("slow", "while the vendor talks"), ("stall", "while the vendor is silent")], ids=["slow", "stall"]
 )
 def test_a_stream_whose_caller_hangs_up_is_closed_by_the_calls_of_others(
-    vendors: Vendors, tmp_path: Path, figures: list[Figure], model: str, when: str
+    tmp_path: Path, figures: list[Figure], model: str, when: str
 ) -> None:
     """The server lets go of the vendor's connection when Python next collects garbage, and that takes work: calls."""
-    with Gateway(tmp_path, **vendors.environ()) as gateway, caller(gateway.url) as others:
-        wait_for(lambda: vendors.streaming == 0)
+    # Both of its own, because nobody else may call, and no other test's stream may be open.
+    with Vendors() as vendors, Gateway(tmp_path, **vendors.environ()) as gateway, caller(gateway.url) as others:
         with open_stream(gateway, f"openai/{model}", LONG):
             assert vendors.streaming == 1
         eventually(lambda: vendors.streaming == 0, 30)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 from world.calls import ALL_KEYS, MODELS, RUN_YAML, caller, chat, one_key
-from world.gateway import BY_HAND, PROJECT, PROVIDER_DATA, Gateway
+from world.gateway import BY_HAND, PROJECT, PROVIDER_DATA, Gateway, family
 from world.vendors import KEYS, Vendors
 
 PERMITTED = {
@@ -97,6 +97,22 @@ def test_started_by_hand_in_a_folder_that_exists_it_keeps_no_chat(vendors: Vendo
             time.sleep(1)
         assert "between us" not in client.get("/v1/chat/completions").text
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"between us" in path.read_bytes()]
+
+
+def test_it_writes_to_its_own_folder_alone(client: httpx.Client, gateway: Gateway) -> None:
+    assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
+    written = {
+        Path(file.path)
+        for process in family(gateway.process.pid)
+        for file in process.open_files()
+        if file.mode != "r" and not file.path.endswith("(deleted)")
+    }
+    assert gateway.log_file in written
+    assert [path for path in written if not path.is_relative_to(gateway.home)] == []
+
+
+def test_a_llama_stack_client_of_any_release_is_let_in(client: httpx.Client) -> None:
+    assert client.get("/v1/models", headers={"X-LlamaStack-Client-Version": "0.1.0"}).is_success
 
 
 def tables(database: sqlite3.Connection) -> list[str]:

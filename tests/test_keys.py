@@ -185,7 +185,8 @@ def test_wrong_keys_do_not_hold_up_good_calls(client: httpx.Client, vendors: Ven
 
 
 def test_keys_in_the_servers_environment_are_not_used(vendors: Vendors, tmp_path: Path) -> None:
-    names = dict.fromkeys(("OPENAI_API_KEY", "GEMINI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_ORG_ID"), "sk-fake-server")
+    keys = ("OPENAI_API_KEY", "GEMINI_API_KEY", "ANTHROPIC_API_KEY")
+    names = dict.fromkeys((*keys, "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"), "sk-fake-server")
     vendors.seen.clear()
     with Gateway(tmp_path, **names, **vendors.environ()) as gateway, caller(gateway.url) as client:
         for model in [*MODELS, "gemini-native/gemini-2.5-flash"]:

@@ -2,6 +2,8 @@
 
 import ast
 from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 
 import pytest
 from mutants import Mutant, mutants
@@ -14,6 +16,12 @@ def ids(mutants: Iterable[Mutant]) -> list[str]:
     return [str(mutant) for mutant in mutants]
 
 
+@cache
+def functions(file: Path) -> set[str]:
+    """The names of the functions in a Python file."""
+    return {each.name for each in ast.parse(file.read_text()).body if isinstance(each, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=ids(MUTANTS))
 def test_every_mutant_applies_and_names_tests_that_exist(mutant: Mutant) -> None:
     text = (PROJECT / mutant.file).read_text()
@@ -21,8 +29,7 @@ def test_every_mutant_applies_and_names_tests_that_exist(mutant: Mutant) -> None
     assert bool(mutant.tests) != bool(mutant.survives), "A mutant is caught by a test, or survives for a reason."
     for test in mutant.tests:
         file, _, name = test.partition("::")
-        tree = ast.parse((PROJECT / file).read_text())
-        assert name.partition("[")[0] in {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+        assert name.partition("[")[0] in functions(PROJECT / file)
 
 
 def test_no_two_mutants_are_the_same() -> None:

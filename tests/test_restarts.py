@@ -53,6 +53,7 @@ def test_sigkill_restart_and_sigterm(vendors: Vendors, tmp_path: Path, figures: 
         outcome = "new calls are refused, the streams finish"
         figures.append(Figure("SIGTERM with 5 streams in flight", outcome, time.monotonic() - start))
         wait_for(lambda: processes(gateway.process.pid) == [])
+        assert gateway.log.count('"Finished server process [') == 1, "The log ends before the server."
         assert_clean(gateway)
         left = [path.name for path in (tmp_path / ".llama").rglob("*") if not path.is_dir()]
         assert left == ["keeps-nothing.db"]

@@ -26,7 +26,7 @@ from world.gateway import PROJECT
 
 from . import Mutant, mutants
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-m", "slow or not slow"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-m", "slow or not slow"]
 
 # What pytest's exit code says: a test failed, all passed. Everything else is a mistake in the list, or in the tool.
 FAILED, PASSED = 1, 0
@@ -46,14 +46,14 @@ def snapshot(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, tests: list[str], seconds: float = 900) -> tuple[int, str]:
-    """Run tests in a copy of the project. Returns pytest's exit code and what it printed.
+def run(folder: Path, *arguments: str, seconds: float = 900) -> tuple[int, str]:
+    """Run pytest in a copy of the project. Returns pytest's exit code and what it printed.
 
     After `seconds` it is interrupted, which lets it stop the gateways that it has started.
     """
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    tests = [*PYTEST, *tests]
-    process = subprocess.Popen(tests, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*PYTEST, *arguments]
+    process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -71,7 +71,7 @@ def verdict(mutant: Mutant, original: Path) -> tuple[str, str]:
             file.write_text(mutant.applied_to(file.read_text()))
         except (OSError, ValueError) as error:
             return "error", str(error)
-        code, said = run(copy, list(mutant.tests))
+        code, said = run(copy, "-x", *mutant.tests)
     if code == FAILED:
         return "caught", ""
     if code != PASSED:
@@ -99,18 +99,23 @@ def main() -> int:
 
     def attempt(mutant: Mutant) -> str:
         start = time.monotonic()
-        word, more = verdict(mutant, original)
+        if spoilt := broken.intersection(mutant.tests):
+            word, more = "error", f"Without any change this fails, and cannot show that it notices one: {' '.join(spoilt)}"
+        else:
+            word, more = verdict(mutant, original)
         print(f"{word:9} {mutant} ({time.monotonic() - start:.0f} s)" + (f"\n          {more}" if more else ""), flush=True)
         return word
 
     with tempfile.TemporaryDirectory() as folder:
         original = snapshot(Path(folder, "original"))
-        if tests := sorted({test for mutant in tried for test in mutant.tests}):
-            print(f"Running {len(tests)} tests with nothing changed ...", flush=True)
-            code, said = run(original, tests, seconds=3600)
-            if code != PASSED:
-                print(f"{said[-4000:]}\nA test that fails without any change cannot show that it notices one.", file=sys.stderr)
-                return 1
+        tests = sorted({test for mutant in tried for test in mutant.tests})
+        print(f"Running {len(tests)} tests with nothing changed ...", flush=True)
+        code, said = run(original, *tests, seconds=3600) if tests else (PASSED, "")
+        if code not in (PASSED, FAILED):
+            print(said[-4000:], file=sys.stderr)
+            return 1
+        # Their names, without parameters and without what was wrong.
+        broken = set(re.findall(r"^(?:FAILED|ERROR) ([^\s[]+)", said, re.MULTILINE))
         with ThreadPoolExecutor(options.jobs) as pool:
             words = list(pool.map(attempt, tried))
     for mutant in known:
@@ -121,6 +126,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # A shell that starts this in the background ignores SIGINT, which the tests, and what they start, would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # So that a SIGTERM, like Ctrl-C, leaves nothing running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -64,11 +64,7 @@ def kept_responses(bench: Bench) -> Row:
         "a trigger that drops what is inserted into the server's table of responses",
         "every response is kept, and `GET /v1/responses` hands it to any caller",
         measure,
-        Edit(
-            "deploy/keeps-nothing.sql",
-            "CREATE TRIGGER no_response BEFORE INSERT ON responses BEGIN SELECT RAISE(IGNORE); END;",
-            "",
-        ),
+        Edit("deploy/keeps-nothing.sql", "= 'queued';\n  SELECT RAISE(IGNORE);\n", "= 'queued';\n"),
     )
 
 
@@ -151,5 +147,5 @@ def log_filter(bench: Bench) -> Row:
         "the filter behind the server's log",
         "tracebacks quote what a malformed call holds",
         logged,
-        Edit("deploy/serve.sh", 'if [ "$LLAMA_STACK_LOG_FORMAT" = json ]', "if false"),
+        Edit("deploy/serve.sh", 'sed "$by_line" -E -f deploy/log.sed -f "$form"', "cat"),
     )

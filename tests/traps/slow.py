@@ -36,7 +36,7 @@ def console_logs(bench: Bench) -> Row:
         "`LLAMA_STACK_LOG_FORMAT=json`",
         "every error is rendered as a rich traceback, and nobody is served meanwhile",
         measure,
-        Edit("deploy/serve.sh", "LLAMA_STACK_LOG_FORMAT:-json", "LLAMA_STACK_LOG_FORMAT:-console"),
+        Edit("deploy/serve.sh", "LLAMA_STACK_LOG_FORMAT=json", "LLAMA_STACK_LOG_FORMAT=console"),
     )
 
 

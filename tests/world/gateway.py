@@ -110,6 +110,7 @@ class Gateway:
 
     def stop(self, seconds: float = 20) -> int:
         """Ask it to end, insist after `seconds`, and return the exit code of the command."""
+        started = family(self.process.pid)  # Some may be in a session of their own, and outlive who started them.
         self.signal(signal.SIGTERM)
         try:
             self.process.wait(seconds)
@@ -117,6 +118,9 @@ class Gateway:
             pass
         finally:
             self.signal(signal.SIGKILL)
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         return self.process.wait()
 
     def signal(self, number: int) -> None:
@@ -143,7 +147,7 @@ class Gateway:
     def of_processes(self, measure: Callable[[psutil.Process], float]) -> list[float]:
         """What `measure` says of each process that still lives."""
         found = []
-        for process in session(self.process.pid):
+        for process in family(self.process.pid):
             with contextlib.suppress(psutil.NoSuchProcess):
                 found.append(measure(process))
         return found
@@ -195,20 +199,30 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-def session(leader: int) -> list[psutil.Process]:
-    """Every living process of the session that `leader` leads."""
+def family(leader: int) -> list[psutil.Process]:
+    """Every living process that `leader` has started, directly or not, and all of its session, which may outlive it."""
     found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = psutil.Process(leader).children(recursive=True)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(process.pid) == leader and process not in found:
                 found.append(process)
-    return found
+    return [process for process in found if alive(process)]
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process has not ended, be it that nobody has asked for its exit code yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def processes(leader: int) -> list[tuple[str, ...]]:
-    """The process id and the arguments of every living process of the session that `leader` leads."""
+    """The process id and the arguments of every living process of the family of `leader`."""
     found = []
-    for process in session(leader):
+    for process in family(leader):
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append((str(process.pid), *process.cmdline()))
     return found
