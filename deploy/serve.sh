@@ -125,8 +125,9 @@ server=$!
   set +e
   trap '' HUP INT TERM
   rm "$pipe"
-  # Until it is up: what it says, without tracebacks. One worker is complete before it has the port, of which several say nothing.
-  missing="${LLAMA_STACK_WORKERS:-$(default LLAMA_STACK_WORKERS)}"
+  # Until it takes calls: all that it says, without tracebacks. One worker is complete before it has the port, of which several
+  # say nothing.
+  missing="${LLAMA_STACK_WORKERS:-$(default LLAMA_STACK_WORKERS)}" starting=true
   [ "$missing" -gt 1 ] || missing=2
   while [ "$missing" -gt 0 ] && IFS= read -r line; do
     case "$line" in
@@ -135,9 +136,9 @@ server=$!
       # It would neither serve nor exit, or start its workers for ever.
       '  File "'*' in create_app' | 'Process SpawnProcess-'*) { sleep 1 && kill "$server" 2> /dev/null; } & ;;
       Traceback* | '  '* | 'During handling'* | 'The above exception'* | '') ;;
-      *) printf '%s\n' "$line" ;;
+      *) ! "$starting" || printf '%s\n' "$line" ;;
     esac
-    case "$line" in '{"event": "Application startup complete.'* | '{"event": "Uvicorn running on '*) missing=$((missing - 1)) ;; esac
+    case "$line" in '{"event": "Application startup complete.'* | '{"event": "Uvicorn running on '*) starting=false missing=$((missing - 1)) ;; esac
   done
   [ "$missing" -eq 0 ] || exit 1
   host="$(printf '%s\n' "$LLAMA_STACK_HOST" | sed 's/.*:.*/[&]/')"
@@ -154,7 +155,7 @@ stop() {
   kill "$server" 2> /dev/null || :
 }
 insist() {
-  [ -z "$asked" ] || { asked=130 && { echo "$server" && ps -A -o pid= -o ppid= 2> /dev/null | awk -v of="$server" '$1 == of || $2 == of { print $1 }'; } | xargs kill -KILL 2> /dev/null; }
+  [ -z "$asked" ] || { asked=130 && { echo "$server" && ps -A -o pid= -o ppid= 2> /dev/null | awk -v of="$server" '$2 == of { print $1 }'; } | xargs kill -KILL 2> /dev/null; }
   stop
 }
 trap stop HUP TERM
