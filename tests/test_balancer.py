@@ -333,12 +333,15 @@ def told(connection: socket.socket) -> bytes:
 
 def test_one_address_cannot_take_all_places(tmp_path: Path) -> None:
     with recorded(tmp_path) as (client, _), contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(raw(client)) for _ in range(600)]
+        connections = []
+        for _ in range(600):
+            with contextlib.suppress(ConnectionError):
+                connections.append(stack.enter_context(raw(client)))
         other = httpx.HTTPTransport(local_address="127.0.0.2")
-        with httpx.Client(transport=other, timeout=60) as elsewhere:
+        with httpx.Client(transport=other, timeout=60, trust_env=False) as elsewhere:
             assert elsewhere.get(client.base_url.join("/v1/models")).is_success
         # One that was let in is told 408 in the end, one that was not is told nothing.
-        assert not all(told(connection) for connection in connections)
+        assert sum(bool(told(connection)) for connection in connections) < 600
 
 
 def test_nobody_elsewhere_reaches_it_unless_told() -> None:
