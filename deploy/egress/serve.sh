@@ -3,24 +3,32 @@
 set -eu
 cd "$(dirname "$0")/../.."
 
+refuse() {
+  echo "$1" >&2
+  exit 1
+}
+
 # Debian keeps it where only root looks.
 PATH="$PATH:/usr/local/sbin:/usr/sbin"
 case "$(haproxy -v 2>&1 || :)" in
-  *"version 1."* | *"version 2."[0-5][.-]*) echo "The egress proxy needs HAProxy 2.6 or later. Install a newer one, or start with EGRESS=0." >&2 && exit 1 ;;
+  *"version 1."* | *"version 2."[0-5][.-]*)
+    refuse "The egress proxy needs HAProxy 2.6 or later. Install a newer one, or start with EGRESS=0."
+    ;;
   *roxy" version "*) ;;
-  *) echo "The egress proxy needs HAProxy: install the package haproxy (sudo apt-get install haproxy on Debian and Ubuntu, sudo dnf install haproxy on Fedora, brew install haproxy on macOS), or start with EGRESS=0." >&2 && exit 1 ;;
+  *)
+    refuse "The egress proxy needs HAProxy: install the package haproxy (Debian and Ubuntu: sudo apt-get install haproxy, \
+Fedora: sudo dnf install haproxy, macOS: brew install haproxy), or start with EGRESS=0."
+    ;;
 esac
-
 if [ -n "${HTTPS_PROXY-}${https_proxy-}${ALL_PROXY-}${all_proxy-}" ]; then
-  echo "The egress proxy connects to the vendors itself, past the proxy that HTTPS_PROXY or ALL_PROXY names. Start with EGRESS=0, or unset the variable." >&2
-  exit 1
+  refuse "The egress proxy connects to the vendors itself, past the proxy that HTTPS_PROXY or ALL_PROXY names. \
+Start with EGRESS=0, or unset the variable."
 fi
 
 # One above the gateway's. Linux lists who listens (0A); elsewhere HAProxy says that it is taken.
 EGRESS_PORT="${EGRESS_PORT:-$((${LLAMA_STACK_PORT:-8321} + 1))}"
 if grep -Eqs ": (0{32}|00000000|0100007F):$(printf %04X "$EGRESS_PORT" 2>&1) [0-9A-F]+:[0-9A-F]+ 0A" /proc/net/tcp /proc/net/tcp6; then
-  echo "Port $EGRESS_PORT, where the egress proxy is to listen, is in use. Choose another with EGRESS_PORT." >&2
-  exit 1
+  refuse "Port $EGRESS_PORT, where the egress proxy is to listen, is in use. Choose another with EGRESS_PORT."
 fi
 
 # The CAs that the gateway is told to trust, or else the system's, wherever it keeps a bundle of them.
