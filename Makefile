@@ -32,7 +32,7 @@ rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print w
 libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package indexes)
 	NEWEST_NODE=1 $(UV) run --isolated --no-project --refresh-package openai --refresh-package openai-agents \
 	  --refresh-package langchain-openai --refresh-package llama-stack-client \
-	  --with openai,openai-agents,langchain-openai,llama-stack-client --with psutil,pytest,pyyaml,starlette,trustme,uvicorn \
+	  --with openai,openai-agents,langchain-openai,llama-stack-client --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn \
 	  pytest $(addprefix tests/test_,openai_sdk.py openai_agents.py responses.py llama_stack_client.py langchain.py node.py)
 
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
