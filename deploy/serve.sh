@@ -3,17 +3,19 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-refuse() {
-  printf '%s\n' "$1" >&2
-  exit 2
-}
+refuse() { printf '%s\n' "$1" >&2 && exit 2; }
 say() { # To a person at a terminal, or as a line of the log.
   if [ -t 1 ]; then printf '%s\n' "$1"; else
     printf '{"event": "%s", "level": "info", "logger": "deploy/serve.sh", "timestamp": "%s"}\n' "$1" "$(date -u +%FT%TZ)"
   fi || :
 }
-default() { # What run.yaml has for a variable that is not set.
-  sed -n "s|.*{env\.$1:=\([^}]*\)}.*|\1|p" run.yaml | head -n 1
+# What run.yaml has for a variable that is not set.
+default() { sed -n "s|.*{env\.$1:=\([^}]*\)}.*|\1|p" run.yaml | head -n 1; }
+# Whether somebody listens on a port of 127.0.0.1, of every address, or of ::1, which `localhost` means too. Linux lists who (0A).
+taken() {
+  pattern="(0{8}|0{32}|0100007F|0{24}01000000|0{16}FFFF00000100007F):$(printf %04X "$1") [0-9A-F]+:[0-9A-F]+ 0A"
+  [ -r /proc/net/tcp ] || pattern="[.]$1 .*LISTEN"
+  { cat /proc/net/tcp /proc/net/tcp6 2> /dev/null || netstat -an; } | grep -Eq "$pattern"
 }
 
 # Settings that cannot work, or would without a word do something else than they say.
@@ -27,23 +29,27 @@ for file in ${cert:+"$cert" "$key"}; do [ -r "$file" ] || refuse "$file cannot b
 [ -n "${AUTH_JWKS_URI-}" ] || [ -z "${AUTH_ISSUER-}${AUTH_AUDIENCE-}" ] ||
   refuse "Without AUTH_JWKS_URI nobody needs a token: set it, or unset AUTH_ISSUER and AUTH_AUDIENCE."
 
+# On other addresses the server finds out by itself.
+export LLAMA_STACK_HOST="${LLAMA_STACK_HOST:-$(default LLAMA_STACK_HOST)}"
+export LLAMA_STACK_PORT="${LLAMA_STACK_PORT:-$(default LLAMA_STACK_PORT)}"
+case "$LLAMA_STACK_HOST" in 127.0.0.1 | ::1 | localhost)
+  ! taken "$LLAMA_STACK_PORT" || refuse "Port $LLAMA_STACK_PORT is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT." ;;
+esac
+
 # The egress proxy keeps connections to the vendors open. It cannot go through another proxy. Debian keeps it where root looks.
 PATH="$PATH:/usr/local/sbin:/usr/sbin"
 demanded="${https_proxy:-${HTTPS_PROXY:-${all_proxy:-${ALL_PROXY-}}}}"
-case "${EGRESS-}" in
-  1 | yes | true) exec deploy/egress/serve.sh ;;
-  '') [ -n "$demanded" ] || ! command -v haproxy > /dev/null || exec deploy/egress/serve.sh ;;
-esac
-
-# The port, also on ::1: `localhost` means that too, so whoever listens there would be sent keys. On other addresses the server
-# finds out by itself. Linux lists who listens (0A).
-export LLAMA_STACK_HOST="${LLAMA_STACK_HOST:-$(default LLAMA_STACK_HOST)}"
-export LLAMA_STACK_PORT="${LLAMA_STACK_PORT:-$(default LLAMA_STACK_PORT)}"
-rival="(0{8}|0{32}|0100007F|0{24}01000000|0{16}FFFF00000100007F):$(printf %04X "$LLAMA_STACK_PORT") [0-9A-F]+:[0-9A-F]+ 0A"
-[ -r /proc/net/tcp ] || rival="[.]$LLAMA_STACK_PORT .*LISTEN"
-case "$LLAMA_STACK_HOST" in 127.0.0.1 | ::1 | localhost)
-  ! { cat /proc/net/tcp /proc/net/tcp6 2> /dev/null || netstat -an; } | grep -Eq "$rival" ||
-    refuse "Port $LLAMA_STACK_PORT is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT." ;;
+haproxy="$(haproxy -v 2> /dev/null | grep -E 'version (2\.([6-9]|[1-9][0-9])|[3-9])' || :)"
+case "${EGRESS-}${haproxy:+ possible}${demanded:+ not}" in
+  1* | yes* | true* | ' possible')
+    [ -n "$haproxy" ] || refuse "The egress proxy needs HAProxy 2.6 or later: install haproxy (sudo apt-get install haproxy on Debian \
+and Ubuntu, sudo dnf install haproxy on Fedora, brew install haproxy on macOS), or start with EGRESS=0."
+    [ -z "$demanded" ] || refuse "The egress proxy connects to the vendors itself, past the proxy that HTTPS_PROXY or ALL_PROXY names. \
+Start with EGRESS=0, or unset the variable."
+    export EGRESS_PORT="${EGRESS_PORT:-$((LLAMA_STACK_PORT + 1))}"
+    ! taken "$EGRESS_PORT" || refuse "Port $EGRESS_PORT, where the egress proxy is to listen, is in use. Choose another with EGRESS_PORT."
+    exec deploy/egress/serve.sh
+    ;;
 esac
 
 # Keys travel with the calls, so none is handed to the server. The organization and the project are not its to have either:
@@ -161,12 +167,7 @@ insist() {
 trap stop HUP TERM
 trap insist INT
 code=0
-while kill -0 "$server" 2> /dev/null; do
-  wait "$server" 2> /dev/null && code=0 || code=$?
-done
-if ! wait "$log" && [ -z "$asked" ]; then
-  echo "The server did not start. What it said last is above." >&2
-  [ "$code" -ne 0 ] || code=1
-fi
+while kill -0 "$server" 2> /dev/null; do wait "$server" 2> /dev/null && code=0 || code=$?; done
+wait "$log" || [ -n "$asked" ] || refuse "The server did not start. What it said last is above."
 [ -z "$asked" ] || say "The gateway has stopped."
 exit "${asked:-$code}"

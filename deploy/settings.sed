@@ -3,7 +3,7 @@
 
 /^EGRESS=(|0|no|false|1|yes|true)$/! s/^EGRESS=(.*)/EGRESS is '\1': set it to 1 for the egress proxy, or to 0 to do without./p
 
-/^LLAMA_STACK_PORT=(|102[4-9]|10[3-9][0-9]|1[1-9][0-9]{2}|[2-9][0-9]{3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])$/! s/^LLAMA_STACK_PORT=(.*)/LLAMA_STACK_PORT is '\1': the server takes a port from 1024 to 65535. To answer on 80 or 443, put a balancer in front (deploy\/README.md)./p
+/^(LLAMA_STACK|EGRESS)_PORT=(|102[4-9]|10[3-9][0-9]|1[1-9][0-9]{2}|[2-9][0-9]{3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])$/! s/^((LLAMA_STACK|EGRESS)_PORT)=(.*)/\1 is '\3': it has to be a port from 1024 to 65535. To answer on 80 or 443, put a balancer in front (deploy\/README.md)./p
 
 /^LLAMA_STACK_WORKERS=([1-9][0-9]{0,2})?$/! s/^LLAMA_STACK_WORKERS=(.*)/LLAMA_STACK_WORKERS is '\1': set it to a number of processes, 1 or more./p
 

@@ -1,10 +1,12 @@
 """The egress proxy and its gateway start, stop and die together, and say so in sentences."""
 
 import contextlib
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -21,7 +23,7 @@ STUB = """#!/bin/sh
 sleep 300 &
 worker=$!
 trap 'echo stopping; until [ -e deploy/finished ]; do sleep 0.1; done; kill "$worker"; exit 3' TERM
-echo "up at $OPENAI_PASSTHROUGH_URL, EGRESS=$EGRESS"
+echo "up at $OPENAI_PASSTHROUGH_URL, EGRESS=$EGRESS, $EGRESS_WAY"
 until [ -e deploy/end ]; do sleep 0.1; done
 kill "$worker"
 exit 5
@@ -157,57 +159,59 @@ def test_a_second_interrupt_ends_all_at_once(running: Start) -> None:
 
 @needs_haproxy
 def test_the_gateway_is_started_once_more_without_a_proxy_of_its_own(running: Start) -> None:
-    assert running.log == f"up at http://127.0.0.1:{running.port}/openai, EGRESS=0\n"
+    way = f"through the egress proxy on port {running.port}"
+    assert running.log == f"up at http://127.0.0.1:{running.port}/openai, EGRESS=0, {way}\n"
 
 
-@needs_haproxy
-def test_the_port_is_the_next_one(stub: Path) -> None:
-    port = free_port()
-    with Start(stub, LLAMA_STACK_PORT=str(port), EGRESS_PORT="") as start:
-        assert eventually(lambda: start.log == f"up at http://127.0.0.1:{port + 1}/openai, EGRESS=0\n", 60)
-
-
-def refused(stub: Path, **more: str) -> str:
+def refused(project: Path, **more: str) -> str:
     """What a start that is refused says: one sentence or two on one line."""
-    with Start(stub, **more) as start:
-        assert start.process.wait(60) == 1
-        assert start.log.count("\n") == 1
-        return start.log
+    environ = clean_environ(project, LLAMA_STACK_PORT=str(free_port()), EGRESS="1") | more
+    done = subprocess.run(["deploy/serve.sh"], cwd=project, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.count("\n") == 1
+    return done.stderr
 
 
 @needs_haproxy
-def test_a_port_that_is_taken_is_a_sentence(stub: Path) -> None:
+def test_a_port_that_is_taken_is_a_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as rival:
         port = str(rival.getsockname()[1])
-        said = refused(stub, EGRESS_PORT=port)
+        said = refused(PROJECT, EGRESS_PORT=port)
     assert said == f"Port {port}, where the egress proxy is to listen, is in use. Choose another with EGRESS_PORT.\n"
 
 
 @needs_haproxy
+def test_its_port_is_the_next_one() -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port + 1)):
+        assert refused(PROJECT, LLAMA_STACK_PORT=str(port)).startswith(f"Port {port + 1}, where the egress proxy")
+
+
+@needs_haproxy
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
-def test_a_proxy_that_the_environment_demands_is_refused_with_advice(stub: Path, name: str) -> None:
-    said = refused(stub, **{name: "http://proxy.example:3128"})
+def test_a_proxy_that_the_environment_demands_is_refused_with_advice(name: str) -> None:
+    said = refused(PROJECT, **{name: "http://proxy.example:3128"})
     assert "HTTPS_PROXY" in said
     assert "EGRESS=0" in said
     assert "proxy.example" not in said
 
 
-def with_tools(stub: Path, haproxy: str | None) -> str:
+def with_tools(project: Path, haproxy: str | None) -> str:
     """A search path with the shell's tools and, if given, a HAProxy that says this as its version."""
-    script = stub / "deploy" / "egress" / "serve.sh"
+    script = project / "deploy" / "serve.sh"
     script.write_text(script.read_text().replace(":/usr/local/sbin:/usr/sbin", ""))
-    tools = stub / "tools"
+    tools = project / "tools"
     tools.mkdir()
-    for tool in ("sh", "dirname"):
+    for tool in ("sh", "dirname", "env", "sed", "head", "grep", "cat"):
         (tools / tool).symlink_to(shutil.which(tool))
     if haproxy:
-        (tools / "haproxy").write_text(f"#!/bin/sh\necho '{haproxy}'\n")
+        (tools / "haproxy").write_text(f"#!/bin/sh\n[ \"$1\" != -v ] || {{ echo '{haproxy}' && exit; }}\nexec sleep 60\n")
         (tools / "haproxy").chmod(0o755)
     return str(tools)
 
 
-def test_without_haproxy_a_sentence_says_how_to_install_it(stub: Path) -> None:
-    said = refused(stub, PATH=with_tools(stub, None))
+def test_without_haproxy_a_sentence_says_how_to_install_it(project: Path) -> None:
+    said = refused(project, PATH=with_tools(project, None))
     for hint in ("apt-get install haproxy", "dnf install haproxy", "brew install haproxy", "EGRESS=0"):
         assert hint in said
 
@@ -215,16 +219,37 @@ def test_without_haproxy_a_sentence_says_how_to_install_it(stub: Path) -> None:
 @pytest.mark.parametrize(
     "version", ["HA-Proxy version 1.8.8", "HA-Proxy version 2.2.9-2+deb11u6 2023/08/17", "HAProxy version 2.5.14"]
 )
-def test_a_haproxy_that_is_too_old_is_a_sentence(stub: Path, version: str) -> None:
-    assert "needs HAProxy 2.6 or later" in refused(stub, PATH=with_tools(stub, version))
+def test_a_haproxy_that_is_too_old_is_a_sentence(project: Path, version: str) -> None:
+    assert "needs HAProxy 2.6 or later" in refused(project, PATH=with_tools(project, version))
 
 
 @pytest.mark.parametrize(
     "version", ["HAProxy version 2.6.12-1+deb12u4 2026/10/17", "HAProxy version 2.10.1", "HAProxy version 3.0.5-8e879a5"]
 )
-def test_a_newer_haproxy_is_not_too_old(stub: Path, version: str) -> None:
+def test_a_newer_haproxy_is_not_too_old(project: Path, version: str) -> None:
     """The next thing that is refused comes behind it."""
-    assert "HTTPS_PROXY" in refused(stub, PATH=with_tools(stub, version), HTTPS_PROXY="http://proxy.example")
+    assert "HTTPS_PROXY" in refused(project, PATH=with_tools(project, version), HTTPS_PROXY="http://proxy.example")
+
+
+@pytest.mark.parametrize(
+    ("version", "way"),
+    [
+        pytest.param("HAProxy version 2.6.12", "through the egress proxy on port", id="a new one"),
+        pytest.param("HAProxy version 2.4.24", "straight to the vendors", id="an old one"),
+        pytest.param(None, "straight to the vendors", id="none"),
+    ],
+)
+def test_it_is_used_wherever_haproxy_is_new_enough(project: Path, version: str | None, way: str) -> None:
+    """The first line of a start says which of the two runs."""
+    tools = with_tools(project, version)
+    for tool in ("date", "id", "find", "tail", "rm", "mv", "mkdir", "mkfifo", "sleep", "setsid", "python"):
+        (project / "tools" / tool).symlink_to(shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"))
+    shutil.copytree(EGRESS, project / "deploy" / "egress")
+    (project / "tools" / "llama").write_text("#!/bin/sh\nexit 0\n")
+    (project / "tools" / "llama").chmod(0o755)
+    environ = clean_environ(project, LLAMA_STACK_PORT=str(free_port())) | {"PATH": tools}
+    done = subprocess.run(["deploy/serve.sh"], cwd=project, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert f"Calls go {way}" in done.stdout
 
 
 def test_the_configuration_says_so_where_the_proxy_is_started_without_the_script() -> None:

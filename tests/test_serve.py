@@ -66,7 +66,7 @@ def test_an_address_that_cannot_be_had_is_a_sentence(tmp_path: Path, host: str, 
     with socket.create_server(("127.0.0.2", 0)) as rival:
         port = str(rival.getsockname()[1])
         code, said = serve(PROJECT, tmp_path, LLAMA_STACK_HOST=host, LLAMA_STACK_PORT=port, LLAMA_STACK_WORKERS=workers)
-    assert code == 1
+    assert code == 2
     assert words.lower() in said.lower()
     assert "The server did not start" in said
     assert "LLAMA_STACK_HOST" in said

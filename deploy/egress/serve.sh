@@ -1,35 +1,7 @@
 #!/bin/sh
-# Start the egress proxy and the gateway behind it; when one of them ends, so does the other.
+# What deploy/serve.sh does with the egress proxy: start it and the gateway behind it. When one of them ends, so does the other.
 set -eu
 cd "$(dirname "$0")/../.."
-
-refuse() {
-  echo "$1" >&2
-  exit 1
-}
-
-# Debian keeps it where only root looks.
-PATH="$PATH:/usr/local/sbin:/usr/sbin"
-case "$(haproxy -v 2>&1 || :)" in
-  *"version 1."* | *"version 2."[0-5][.-]*)
-    refuse "The egress proxy needs HAProxy 2.6 or later. Install a newer one, or start with EGRESS=0."
-    ;;
-  *roxy" version "*) ;;
-  *)
-    refuse "The egress proxy needs HAProxy: install the package haproxy (Debian and Ubuntu: sudo apt-get install haproxy, \
-Fedora: sudo dnf install haproxy, macOS: brew install haproxy), or start with EGRESS=0."
-    ;;
-esac
-if [ -n "${HTTPS_PROXY-}${https_proxy-}${ALL_PROXY-}${all_proxy-}" ]; then
-  refuse "The egress proxy connects to the vendors itself, past the proxy that HTTPS_PROXY or ALL_PROXY names. \
-Start with EGRESS=0, or unset the variable."
-fi
-
-# One above the gateway's. Linux lists who listens (0A); elsewhere HAProxy says that it is taken.
-EGRESS_PORT="${EGRESS_PORT:-$((${LLAMA_STACK_PORT:-8321} + 1))}"
-if grep -Eqs ": (0{32}|00000000|0100007F):$(printf %04X "$EGRESS_PORT" 2>&1) [0-9A-F]+:[0-9A-F]+ 0A" /proc/net/tcp /proc/net/tcp6; then
-  refuse "Port $EGRESS_PORT, where the egress proxy is to listen, is in use. Choose another with EGRESS_PORT."
-fi
 
 # The CAs that the gateway is told to trust, or else the system's, wherever it keeps a bundle of them.
 : "${EGRESS_CA:=${SSL_CERT_FILE:-${SSL_CERT_DIR-}}}"
@@ -69,9 +41,7 @@ watch=$!
 trap 'kill "$gateway" || :' HUP TERM
 trap 'kill "$gateway" || :; trap "kill -KILL $group$gateway || :" INT' INT
 code=0
-while kill -0 "$gateway" 2> /dev/null; do
-  wait "$gateway" 2> /dev/null && code=0 || code=$?
-done
+while kill -0 "$gateway" 2> /dev/null; do wait "$gateway" 2> /dev/null && code=0 || code=$?; done
 kill -USR1 "$watch" 2> /dev/null || :
 wait "$watch" || code=1
 exit "$code"
