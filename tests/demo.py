@@ -21,7 +21,8 @@ def main() -> int:
         gateway = Gateway(Path(home), **vendors.environ())
         try:
             with gateway:
-                environ = clean_environ(home, LLAMA_STACK_PORT=str(gateway.port), **KEY_VARIABLES)
+                # By its whole address, because a user's .env may name another gateway.
+                environ = clean_environ(home, LLAMA_STACK_BASE_URL=gateway.url, **KEY_VARIABLES)
                 code = subprocess.run([sys.executable, "main.py"], cwd=PROJECT, env=environ, check=False).returncode
         except RuntimeError as error:
             print(error, file=sys.stderr)
