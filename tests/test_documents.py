@@ -249,7 +249,6 @@ def test_a_balancer(copy: Path, gateway: Gateway, certificate: ssl.SSLContext) -
         try:
             call = {"url": f"https://127.0.0.1:{port}/v1/chat/completions", "json": chat(MODELS[0]), "headers": ALL_KEYS}
             with httpx.Client(verify=certificate, trust_env=False, timeout=60) as client:
-
                 said: list[str] = []
 
                 def served() -> bool:
