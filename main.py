@@ -24,7 +24,7 @@ class Failure(Exception):
 # 1. Keys. They stay here, in .env, and travel with each call in one header. The gateway keeps none, and hands each vendor
 #    its own entry and no other, so the same header serves every model. What is exported goes before what is in .env.
 try:
-    for name, value in dotenv_values(encoding="utf-8-sig").items():  # Some editors begin a file with a mark.
+    for name, value in dotenv_values().items():
         exported = os.environ.get(name, "").strip()
         os.environ[name] = exported or value or ""
         if exported and value and exported != value:

@@ -18,7 +18,7 @@ import pytest
 import trustme
 import yaml
 from world.calls import ALL_KEYS, MODELS, caller, chat, one_key
-from world.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port
+from world.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port, processes, wait_for
 from world.load import Load
 from world.vendors import InBackground, Vendors
 
@@ -159,7 +159,7 @@ def kill(balancer: Balancer, gateway: Gateway, callers: int, calls: int) -> None
         load.wait_for_calls()
         killed = time.monotonic()
         gateway.signal(signal.SIGKILL)
-        gateway.process.wait()
+        wait_for(lambda: not processes(gateway.process.pid))
         gone = time.monotonic()
         load.wait_for_calls(calls)
     in_hand = [call for call in load.calls if call.began < gone and call.ended > killed]
@@ -363,7 +363,7 @@ def test_a_restart_loses_no_call(balancer: Balancer, gateways: dict[str, Gateway
 def test_memory_under_load_is_less_than_a_pod_asks_for(balancer: Balancer, gateways: dict[str, Gateway]) -> None:
     pod = yaml.safe_load((PROJECT / "deploy/kubernetes/deployment.yaml").read_text())["spec"]["template"]["spec"]
     requested = int(pod["containers"][0]["resources"]["requests"]["memory"].removesuffix("Mi"))
-    status = Path(f"/proc/{gateways['b'].process.pid}/status").read_text()
+    status = Path(f"/proc/{gateways['b'].server}/status").read_text()
     assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024 < requested
 
 

@@ -253,6 +253,7 @@ def test_it_goes_to_127_0_0_1_whoever_else_is_localhost(run, gateway: Gateway) -
         rival.listen()
         rival.settimeout(0)
         assert run("-m", MODELS[0]).returncode == 0
+        assert "http://127.0.0.1:" in run(LLAMA_STACK_PORT=str(free_port())).stderr, "where localhost is 127.0.0.1 alone"
         with pytest.raises(BlockingIOError):
             rival.accept()
 
@@ -273,6 +274,7 @@ def test_elsewhere_it_goes_through_the_environments_proxy_with_the_token(run) ->
     assert [path for path, _ in seen] == ["http://gateway.example/v1/models", "http://gateway.example/v1/chat/completions"]
     assert [headers["Authorization"] for _, headers in seen] == ["Bearer sk-fake-token"] * 2
     assert [PROVIDER_DATA in headers for _, headers in seen] == [False, True]
+    assert [headers["Connection"] for _, headers in seen] == ["close"] * 2, "the server may close a kept connection unannounced"
 
 
 def test_a_teams_gateway(run, tmp_path: Path, vendors: Vendors) -> None:

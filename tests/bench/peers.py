@@ -278,12 +278,11 @@ def bare(up: Upstream, home: Path) -> Contender:
 def ogx(up: Upstream, home: Path) -> Contender:
     """The stock server's successor with this run.yaml, in the environment that deploy/serve.sh would give it."""
     folder = environment("ogx", "ogx")
-    # It needs the file that takes its inserts as the stock server does: deploy/serve.sh makes it before it starts `llama`.
-    store, shim = home / "store", home / "bin"
-    shim.mkdir(parents=True)
-    (shim / "llama").symlink_to("/bin/true")
-    path = f"{shim}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run("deploy/serve.sh", PATH=path, EGRESS="0", LLAMA_STACK_PORT=str(free_port()), SQLITE_STORE_DIR=str(store))
+    # It needs the file that takes its inserts as the stock server does.
+    store = home / "store"
+    store.mkdir(parents=True)
+    with (PROJECT / "deploy" / "keeps-nothing.sql").open() as script:
+        subprocess.run([sys.executable, "-m", "sqlite3", store / "keeps-nothing.db"], stdin=script, check=True, capture_output=True)
     port = free_port()
     server = Server(
         home,
