@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -13,6 +14,9 @@ from world.ends import BothEnds
 from world.figures import Figure, write
 from world.gateway import Gateway, copy_project
 from world.vendors import Vendors
+
+if TYPE_CHECKING:
+    from world.services import Services
 
 # The client libraries that the tests use, which may be other releases than those in uv.lock.
 LIBRARIES = ("openai", "openai-agents", "langchain-openai", "llama-stack-client")
@@ -46,6 +50,15 @@ def figures(pytestconfig: pytest.Config) -> Iterator[list[Figure]]:
     yield figures
     if path := pytestconfig.getoption("figures"):
         write(path, figures)
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator["Services"]:
+    """A team's identity provider and collector."""
+    from world.services import Services  # Needs packages that `make libraries` does without.
+
+    with Services() as services:
+        yield services
 
 
 @pytest.fixture(scope="session")

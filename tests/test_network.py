@@ -42,12 +42,6 @@ def signed_with_the_public_key(services: Services) -> str:
 
 
 @pytest.fixture(scope="module")
-def services() -> Iterator[Services]:
-    with Services() as services:
-        yield services
-
-
-@pytest.fixture(scope="module")
 def team_gateway(vendors: Vendors, services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The gateway with every setting of a team's server."""
     folder: Path = tmp_path_factory.mktemp("team")

@@ -58,12 +58,6 @@ def ogx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def services() -> Iterator[Services]:
-    with Services() as services:
-        yield services
-
-
-@pytest.fixture(scope="module")
 def gateway(ogx: Path, vendors: Vendors, services: Services) -> Iterator[Gateway]:
     """OGX on this run.yaml, with the settings of a team's server."""
     authority = trustme.CA()

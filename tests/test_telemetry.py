@@ -14,12 +14,6 @@ PROMPT = "a prompt that no collector sees"
 
 
 @pytest.fixture(scope="module")
-def services() -> Iterator[Services]:
-    with Services() as services:
-        yield services
-
-
-@pytest.fixture(scope="module")
 def gateway(vendors: Vendors, services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with a collector, which exports twice a second."""
     settings = {

@@ -282,7 +282,9 @@ def ogx(up: Upstream, home: Path) -> Contender:
     store = home / "store"
     store.mkdir(parents=True)
     with (PROJECT / "deploy" / "keeps-nothing.sql").open() as script:
-        subprocess.run([sys.executable, "-m", "sqlite3", store / "keeps-nothing.db"], stdin=script, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "sqlite3", store / "keeps-nothing.db"], stdin=script, check=True, capture_output=True
+        )
     port = free_port()
     server = Server(
         home,
