@@ -1,12 +1,8 @@
--- The tables in which the stock server would keep what callers send. It inserts each chat and each response, and cannot be
--- told not to. A trigger drops every row before it is written: `upsert` and `insert` alike then succeed, and keep nothing.
+-- The tables in which the stock server would keep what callers send to the Responses API. It inserts each response, and cannot
+-- be told not to. A trigger drops every row before it is written: `upsert` and `insert` alike then succeed, and keep nothing.
 -- The columns are the server's own, because it adds those that are missing and selects by name.
 
 BEGIN;
-
-CREATE TABLE inference_store (id VARCHAR PRIMARY KEY NOT NULL, created INTEGER, model VARCHAR, choices JSON,
-  input_messages JSON, access_attributes JSON, owner_principal VARCHAR);
-CREATE TRIGGER no_chat BEFORE INSERT ON inference_store BEGIN SELECT RAISE(IGNORE); END;
 
 CREATE TABLE responses (id VARCHAR PRIMARY KEY NOT NULL, created_at INTEGER, response_object JSON, model VARCHAR,
   access_attributes JSON, owner_principal VARCHAR);

@@ -102,7 +102,7 @@ def test_the_settings_are_respected(vendors: Vendors, tmp_path: Path) -> None:
         answer = httpx.post(url, headers=redirected, json=chat(MODELS[0]), timeout=30, trust_env=False)
         assert "stand-in for Anthropic" in answer.text
     store = sqlite3.connect(tmp_path / "a store" / "keeps-nothing.db")
-    assert store.execute("SELECT count(*) FROM inference_store").fetchone() == (0,)
+    assert store.execute("SELECT count(*) FROM responses").fetchone() == (0,)
     assert list(tmp_path.rglob(".llama")) == []
 
 

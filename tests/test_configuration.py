@@ -83,19 +83,21 @@ def test_the_store_is_in_the_distributions_folder(gateway: Gateway) -> None:
     assert store.parent == gateway.home / ".llama" / "distributions" / RUN_YAML["distro_name"]
 
 
-def test_started_by_hand_in_a_folder_that_exists_it_keeps_no_chat(vendors: Vendors, tmp_path: Path) -> None:
+def test_started_by_hand_in_a_folder_that_exists_it_keeps_nothing(vendors: Vendors, tmp_path: Path) -> None:
     """Without deploy/serve.sh there is no database that keeps nothing, and the server must not make one that keeps all."""
     store = tmp_path / "store"
     store.mkdir()
     settings = {"SQLITE_STORE_DIR": str(store), "LLAMA_STACK_LOG_FORMAT": "json"}
     with Gateway(tmp_path, BY_HAND, **settings, **vendors.environ()) as gateway, caller(gateway.url) as client:
         for header in (ALL_KEYS, one_key(MODELS[0])):
-            # The server makes its table at the first use, and inserts after it has answered.
-            client.get("/v1/chat/completions")
+            # The server makes its tables at the first use, and inserts chats after it has answered.
+            client.get("/v1/responses")
             for _ in range(5):
                 assert client.post("/v1/chat/completions", headers=header, json=chat(MODELS[0], "between us")).is_success
+                client.post("/v1/responses", headers=header, json={"model": MODELS[0], "input": "between us"})
             time.sleep(1)
-        assert "between us" not in client.get("/v1/chat/completions").text
+        for path in ("/v1/chat/completions", "/v1/responses"):
+            assert "between us" not in client.get(path).text
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"between us" in path.read_bytes()]
 
 

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import httpx
 import pytest
-from world.calls import ALL_KEYS, EMBEDDINGS, MALFORMED, MODELS, SECRET, WRONG_KEY, caller, chat, events, one_key, vendor_of
+from world.calls import (
+    ALL_KEYS,
+    EMBEDDINGS,
+    MALFORMED,
+    MODELS,
+    SECRET,
+    WRONG_KEY,
+    caller,
+    chat,
+    events,
+    message,
+    one_key,
+    vendor_of,
+)
 from world.gateway import PROVIDER_DATA, Gateway, processes, wait_for
 from world.vendors import KEYS, Vendors
 
@@ -85,7 +98,9 @@ def test_nobody_can_read_a_chat_afterwards(client: httpx.Client) -> None:
     answer = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0], "between us")).json()
     client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0], "between us", stream=True))
     time.sleep(1)  # The server inserts after it has answered.
-    assert client.get("/v1/chat/completions").json()["data"] == []
+    listed = client.get("/v1/chat/completions")
+    assert listed.status_code == 400
+    assert "chats are not kept" in message(listed)
     assert client.get(f"/v1/chat/completions/{answer['id']}").status_code == 403
 
 

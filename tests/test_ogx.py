@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import trustme
-from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, chat, events, vendor_of
+from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, vendor_of
 from world.gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
 from world.services import ISSUER, Services
 from world.vendors import KEYS, Vendors
@@ -76,7 +76,7 @@ def gateway(ogx: Path, vendors: Vendors, services: Services) -> Iterator[Gateway
 def client(gateway: Gateway, services: Services) -> Iterator[httpx.Client]:
     """An HTTPS client with a token."""
     token = {"Authorization": f"Bearer {services.token()}"}
-    with httpx.Client(base_url=gateway.url, headers=token, timeout=30, trust_env=False, verify=gateway.trust) as client:
+    with caller(gateway.url, headers=token, verify=gateway.trust) as client:
         yield client
 
 

@@ -26,25 +26,6 @@ from .upstream import Upstream
 ROUNDS, SECONDS, CALLERS = 12, 1, 8
 CLOSED = "http://127.0.0.1:9"
 NAMED = "127.0.0.1,api.openai.com,generativelanguage.googleapis.com,api.anthropic.com"
-DATABASE = "/keeps-nothing.db?mode=rw"
-STORE = """  stores:
-"""
-NOWHERE = """    sql_nowhere:
-      type: sql_postgres
-      user: nobody
-  stores:
-"""
-CHATS = (
-    "      table_name: inference_store\n      backend: sql_default",
-    "      table_name: inference_store\n      backend: sql_nowhere",
-)
-VIEW = """
-DROP TABLE inference_store;
-CREATE VIEW inference_store (id, created, model, choices, input_messages, access_attributes, owner_principal)
-  AS SELECT 0, 0, 0, 0, 0, 0, 0 WHERE 0;
-CREATE TRIGGER no_chat INSTEAD OF INSERT ON inference_store BEGIN SELECT 0; END;
-
-COMMIT;"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +41,9 @@ class Setting:
 SHIPPED = Setting("as it ships")
 SETTINGS = (
     Setting("as it ships, once more (what differs here is noise)"),
-    Setting("database: `inference_store` as a view", edits=(("deploy/keeps-nothing.sql", "\nCOMMIT;", VIEW),)),
-    Setting(
-        "database: chats to a PostgreSQL whose driver is not installed",
-        edits=(("run.yaml", STORE, NOWHERE), ("run.yaml", *CHATS)),
-    ),
-    Setting("database: `vfs=unix-none`", edits=(("run.yaml", DATABASE, f"{DATABASE}&vfs=unix-none"),)),
-    Setting(
-        "database: `pool_pre_ping: false`",
-        edits=(("run.yaml", "      type: sql_sqlite\n", "      type: sql_sqlite\n      pool_pre_ping: false\n"),),
-    ),
-    Setting("no log filter", edits=(("deploy/serve.sh", 'if [ "$LLAMA_STACK_LOG_FORMAT" = json ]', "if false"),)),
+    Setting("chats in the server's own table, kept", edits=(("run.yaml", "backend: sql_nowhere", "backend: sql_default"),)),
+    Setting("no log filter", edits=(("deploy/serve.sh", 'sed "$by_line" -E -f deploy/log.sed -f "$form"', "cat"),)),
     Setting("`OTEL_SDK_DISABLED=true`", {"OTEL_SDK_DISABLED": "true"}),
-    Setting("`LLAMA_STACK_DISABLE_VERSION_CHECK=1`", {"LLAMA_STACK_DISABLE_VERSION_CHECK": "1"}),
     Setting("Python 3.13", python="3.13"),
     Setting("`PYTHONOPTIMIZE=1`", {"PYTHONOPTIMIZE": "1"}),
     Setting("`MALLOC_ARENA_MAX=1`", {"MALLOC_ARENA_MAX": "1"}),

@@ -28,42 +28,39 @@ def on_disk(gateway: Gateway) -> int:
 
 
 def kept_chats(bench: Bench) -> Row:
-    """The table of chats without its trigger."""
+    """Chats in the database, in the server's own table."""
     count = 200
 
     def measure(gateway: Gateway) -> str:
+        readable(gateway)  # The first use makes the table, and chats that come meanwhile are lost.
         ask_many(gateway, count)
         return f"{readable(gateway)} of {count} chats readable by anyone, {on_disk(gateway) / count / 1000:.0f} KB a chat on disk"
 
     return bench.compare(
-        "a trigger that drops what is inserted into the server's table of chats",
+        "a store of chats that cannot be opened",
         "every chat is kept, and `GET /v1/chat/completions` hands it to any caller (4 KB prompts)",
         measure,
-        Edit(
-            "deploy/keeps-nothing.sql",
-            "CREATE TRIGGER no_chat BEFORE INSERT ON inference_store BEGIN SELECT RAISE(IGNORE); END;",
-            "",
-        ),
+        Edit("run.yaml", "backend: sql_nowhere", "backend: sql_default"),
     )
+
+
+def respond(gateway: Gateway, count: int) -> str:
+    """Make calls of the Responses API, and say how many failed, and how many somebody without any key can read."""
+    with patient(gateway) as client:
+        client.get("/v1/responses")  # The first use makes the tables.
+        body = {"model": MODELS[0], "input": PROMPT}
+        failed = sum(client.post("/v1/responses", headers=ALL_KEYS, json=body).is_error for _ in range(count))
+        time.sleep(1)
+        read = len(client.get("/v1/responses", params={"limit": 100}).json().get("data", []))
+    return f"{read} of {count} responses readable by anyone, {failed} failed"
 
 
 def kept_responses(bench: Bench) -> Row:
     """The table of responses without its trigger."""
-    count = 50
-
-    def measure(gateway: Gateway) -> str:
-        with patient(gateway) as client:
-            for _ in range(count):
-                body = {"model": MODELS[0], "input": PROMPT}
-                client.post("/v1/responses", headers=ALL_KEYS, json=body).raise_for_status()
-            time.sleep(1)  # As above.
-            read = len(client.get("/v1/responses", params={"limit": 100}).json().get("data", []))
-        return f"{read} of {count} responses readable by anyone"
-
     return bench.compare(
         "a trigger that drops what is inserted into the server's table of responses",
         "every response is kept, and `GET /v1/responses` hands it to any caller",
-        measure,
+        lambda gateway: respond(gateway, 50),
         Edit("deploy/keeps-nothing.sql", "= 'queued';\n  SELECT RAISE(IGNORE);\n", "= 'queued';\n"),
     )
 
@@ -71,10 +68,9 @@ def kept_responses(bench: Bench) -> Row:
 def memory_store(bench: Bench) -> Row:
     """The chats' table in memory, which looks like the simpler way to keep nothing."""
     warm_up, count = 50, 150
-    backend = "file:${env.SQLITE_STORE_DIR:=~/.llama/distributions/lls-openai}/keeps-nothing.db?mode=rw&uri=true"
 
     def measure(gateway: Gateway) -> str:
-        readable(gateway)  # The first use makes the table, and chats that come meanwhile are lost.
+        readable(gateway)  # As above.
         ask_many(gateway, warm_up, prompt=LONG_PROMPT)
         before = gateway.resident()
         ask_many(gateway, count, prompt=LONG_PROMPT)
@@ -85,27 +81,21 @@ def memory_store(bench: Bench) -> Row:
         return f"{grown:.0f} KB more memory a chat; at 8 callers {kept} of {count} chats kept, {failed} calls fail"
 
     return bench.compare(
-        "a file with those triggers, rather than `:memory:` for the sql backend",
+        "that store, rather than `:memory:`",
         "chats are kept in memory, but for those that its one connection loses under concurrent callers (64 KB prompts)",
         measure,
-        Edit("run.yaml", backend, '":memory:"'),
-        # deploy/serve.sh reads the default in the line that goes.
-        SQLITE_STORE_DIR=str(bench.folder / "unused"),
+        Edit("run.yaml", "nowhere?timeout=chats+are+not+kept", '":memory:"'),
     )
 
 
 def by_hand(bench: Bench) -> Row:
     """A server that is started without deploy/serve.sh, in a folder that exists."""
-    count = 20
 
     def measure(gateway: Gateway) -> str:
         store = gateway.home / "store"
         store.mkdir(parents=True)
         with gateway:
-            readable(gateway)  # The first use makes the table.
-            failed = ask_many(gateway, count)
-            read = readable(gateway)
-        return f"{read} of {count} chats readable by anyone, {on_disk(gateway) / count / 1000:.0f} KB a chat on disk, {failed} failed"
+            return respond(gateway, 20)
 
     def server(*edits: Edit) -> Gateway:
         gateway = bench.gateway(*edits, command=BY_HAND, LLAMA_STACK_LOG_FORMAT="json")
@@ -114,7 +104,7 @@ def by_hand(bench: Bench) -> Row:
 
     return Row(
         "`mode=rw` in the path of the database",
-        "a server started by hand makes the table itself, and keeps every chat",
+        "a server started by hand makes the tables itself, and keeps every response",
         measure(server(Edit("run.yaml", "?mode=rw&", "?"))),
         measure(server()),
     )
