@@ -96,8 +96,7 @@ store="$SQLITE_STORE_DIR/keeps-nothing.db"
   refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR: it has to be a folder that is yours, and that nobody else may write to."
 ! said="$(python -m sqlite3 "$store.$$" < deploy/keeps-nothing.sql 2>&1 | grep Error)" ||
   refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR, which cannot be used: $(echo "$said" | tail -n 1)"
-rm -f "$store-wal" "$store-shm"
-mv "$store.$$" "$store"
+rm -f "$store-wal" "$store-shm" && mv "$store.$$" "$store"
 
 # The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. Nothing of a
 # caller's goes out: no logs, which quote keys and prompts, and no attribute of a span, such as a URL's query, beyond 4 characters.
@@ -122,8 +121,7 @@ by_line="$(sed -u '' < /dev/null > /dev/null 2>&1 && echo -u || echo -l)" # -l i
 show() {
   sed "$by_line" -E -f deploy/log.sed -f "$form"
 }
-pipe="$SQLITE_STORE_DIR/log.$$"
-mkfifo -m 600 "$pipe"
+pipe="$SQLITE_STORE_DIR/log.$$" && mkfifo -m 600 "$pipe"
 say "The gateway starts. It asks each vendor for its models first, and waits for one that is silent. Calls go ${EGRESS_WAY:-straight to the vendors}."
 "$@" llama stack run run.yaml < /dev/null > "$pipe" 2>&1 &
 server=$!
@@ -131,20 +129,23 @@ server=$!
   set +e
   trap '' HUP INT TERM
   rm "$pipe"
-  # Until it takes calls: all that it says, without tracebacks. One worker is complete before it has the port, of which several
-  # say nothing.
-  missing="${LLAMA_STACK_WORKERS:-$(default LLAMA_STACK_WORKERS)}" starting=true
-  [ "$missing" -gt 1 ] || missing=2
+  # Until it takes calls, all that it says is shown, but for tracebacks. A single worker is complete before it has the port, and
+  # says so in a line more; of several, each takes calls as soon as it is complete.
+  missing="${LLAMA_STACK_WORKERS:-$(default LLAMA_STACK_WORKERS)}" starting=true single=false
+  [ "$missing" -gt 1 ] || missing=2 single=true
   while [ "$missing" -gt 0 ] && IFS= read -r line; do
-    case "$line" in
-      *'[Errno '*) echo "LLAMA_STACK_HOST is '$LLAMA_STACK_HOST', LLAMA_STACK_PORT is '$LLAMA_STACK_PORT': ${line#*\[Errno }" ;;
-      '{'*) printf '%s\n' "$line" | show ;;
+    case "$starting $line" in
+      'true '*'[Errno '*) echo "LLAMA_STACK_HOST is '$LLAMA_STACK_HOST', LLAMA_STACK_PORT is '$LLAMA_STACK_PORT': ${line#*\[Errno }" ;;
+      'true {'* | 'false {'*) printf '%s\n' "$line" | show ;;
       # It would neither serve nor exit, or start its workers for ever.
-      '  File "'*' in create_app' | 'Process SpawnProcess-'*) { sleep 1 && kill "$server" 2> /dev/null; } & ;;
-      Traceback* | '  '* | 'During handling'* | 'The above exception'* | '') ;;
-      *) ! "$starting" || printf '%s\n' "$line" ;;
+      'true   File "'*' in create_app' | 'true Process SpawnProcess-'*) { sleep 1 && kill "$server" 2> /dev/null; } & ;;
+      false* | 'true ' | 'true   '* | 'true Traceback'* | 'true During handling'* | 'true The above exception'*) ;;
+      *) printf '%s\n' "$line" ;;
     esac
-    case "$line" in '{"event": "Application startup complete.'* | '{"event": "Uvicorn running on '*) starting=false missing=$((missing - 1)) ;; esac
+    case "$line" in
+      '{"event": "Application startup complete.'*) starting="$single" missing=$((missing - 1)) ;;
+      '{"event": "Uvicorn running on '*) starting=false missing=$((missing - 1)) ;;
+    esac
   done
   [ "$missing" -eq 0 ] || exit 1
   host="$(printf '%s\n' "$LLAMA_STACK_HOST" | sed 's/.*:.*/[&]/')"
@@ -154,7 +155,7 @@ server=$!
 log=$!
 
 # Asked to stop, the server refuses new calls and finishes those in flight. Asked twice, it would hang for its threads' sake.
-asked=
+asked='' code=0
 stop() {
   [ -n "$asked" ] || say "The gateway stops when the calls in flight have ended. Ctrl-C ends it at once."
   asked="${asked:-0}"
@@ -166,7 +167,6 @@ insist() {
 }
 trap stop HUP TERM
 trap insist INT
-code=0
 while kill -0 "$server" 2> /dev/null; do wait "$server" 2> /dev/null && code=0 || code=$?; done
 wait "$log" || [ -n "$asked" ] || refuse "The server did not start. What it said last is above."
 [ -z "$asked" ] || say "The gateway has stopped."
