@@ -410,6 +410,7 @@ FIGURES = {
     "600 s": ("deploy/kubernetes/deployment.yaml", "600 s that the stock provider gives a vendor"),
     "20 MB": ("deploy/balancer.cfg", "gt 20000000 }"),
     "1 MB": ("deploy/balancer.cfg", "For 1 MB of wrong messages"),
+    "5 s": (PACKAGES / "uvicorn/config.py", "timeout_worker_healthcheck: int = 5"),
     "30 s": (PACKAGES / "jwt/jwks_client.py", "cooldown_duration: float = 30,"),
 }
 
