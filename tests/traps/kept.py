@@ -121,13 +121,21 @@ def logged(gateway: Gateway) -> str:
     return f"{sum(SECRET in line for line in lines)} of {len(lines)} log lines quote it ({len(MALFORMED)} calls)"
 
 
+UNFILTERED = Edit("deploy/serve.sh", 'sed "$by_line" -E -f deploy/log.sed -f "$form"', "cat")
+
+
 def log_level(bench: Bench) -> Row:
-    """The server's own loggers at their usual level."""
-    return bench.compare(
-        "`logging_config: all: critical`",
-        "the server's loggers quote what a malformed call holds",
-        logged,
-        Edit("run.yaml", "all: critical", "all: info"),
+    """The server's own loggers at their usual level, where their lines are not filtered."""
+
+    def quoted(*edits: Edit) -> str:
+        with bench.gateway(UNFILTERED, *edits) as gateway:
+            return logged(gateway)
+
+    return Row(
+        "`logging_config: all: critical`, for a server without the filter",
+        "the server's loggers quote what a malformed call holds, beside its tracebacks",
+        quoted(Edit("run.yaml", "all: critical", "all: info")),
+        quoted(),
     )
 
 
@@ -137,5 +145,5 @@ def log_filter(bench: Bench) -> Row:
         "the filter behind the server's log",
         "tracebacks quote what a malformed call holds",
         logged,
-        Edit("deploy/serve.sh", 'sed "$by_line" -E -f deploy/log.sed -f "$form"', "cat"),
+        UNFILTERED,
     )

@@ -19,7 +19,11 @@ def install(bench: Bench, leave_out: str) -> Path:
     Returns the environment's folder. Raises Skipped if uv does not succeed.
     """
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
-    lines = (PROJECT / "pyproject.toml").read_text().splitlines(keepends=True)
+    # As users have it, without the development groups, whose packages have bounds of their own.
+    text = re.sub(
+        r"^\[dependency-groups\]\n.*?(?=^\[tool)", "", (PROJECT / "pyproject.toml").read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    lines = text.splitlines(keepends=True)
     (folder / "pyproject.toml").write_text("".join(line for line in lines if not leave_out or leave_out not in line))
     uv = os.environ.get("UV") or shutil.which("uv") or str(PROJECT / ".uv/bin/uv")
     outside = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")}
