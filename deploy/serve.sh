@@ -139,7 +139,7 @@ server=$!
       'true {'* | 'false {'*) printf '%s\n' "$line" | show ;;
       # It would neither serve nor exit, or start its workers for ever.
       'true   File "'*' in create_app' | 'true Process SpawnProcess-'*) { sleep 1 && kill "$server" 2> /dev/null; } & ;;
-      false* | 'true ' | 'true   '* | 'true Traceback'* | 'true During handling'* | 'true The above exception'*) ;;
+      false* | 'true ' | 'true   File "'* | 'true     '* | 'true Traceback'* | 'true During handling'* | 'true The above exception'*) ;;
       *) printf '%s\n' "$line" ;;
     esac
     case "$line" in
