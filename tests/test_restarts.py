@@ -78,12 +78,11 @@ def test_sigterm_waits_for_a_vendor_that_never_answers(vendors: Vendors, tmp_pat
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_with_a_stream_in_flight(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
     """Left alone, the stock server would skip its own end, and the threads of its in-memory database keep the process."""
-    with Gateway(tmp_path, **vendors.environ()) as gateway:
-        with open_stream(gateway, "openai/stall"):
-            gateway.signal(signal.SIGINT)
-            wait_for(lambda: not gateway.answers())
-            gateway.signal(signal.SIGINT)
-            seconds = wait_for(lambda: processes(gateway.process.pid) == [])
+    with Gateway(tmp_path, **vendors.environ()) as gateway, open_stream(gateway, "openai/stall"):
+        gateway.signal(signal.SIGINT)
+        wait_for(lambda: not gateway.answers())
+        gateway.signal(signal.SIGINT)
+        seconds = wait_for(lambda: processes(gateway.process.pid) == [])
     figures.append(Figure("Ctrl-C twice with a stream in flight", "ends at once", seconds))
 
 
