@@ -29,7 +29,7 @@ demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together
 	$(call first,70)
 	@$(UV) run --group dev python tests/demo.py
 
-test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
+test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 7 minutes)
 	$(call first,105)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check

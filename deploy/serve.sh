@@ -29,7 +29,7 @@ for file in ${cert:+"$cert" "$key"}; do [ -r "$file" ] || refuse "$file cannot b
 [ -n "${AUTH_JWKS_URI-}" ] || [ -z "${AUTH_ISSUER-}${AUTH_AUDIENCE-}" ] ||
   refuse "Without AUTH_JWKS_URI nobody needs a token: set it, or unset AUTH_ISSUER and AUTH_AUDIENCE."
 
-# On other addresses the server finds out by itself.
+# Beside a rival on these addresses keys would go astray. On others the server itself says that the port is taken.
 export LLAMA_STACK_HOST="${LLAMA_STACK_HOST:-$(default LLAMA_STACK_HOST)}"
 export LLAMA_STACK_PORT="${LLAMA_STACK_PORT:-$(default LLAMA_STACK_PORT)}"
 case "$LLAMA_STACK_HOST" in 127.0.0.1 | ::1 | localhost)
