@@ -29,11 +29,11 @@ demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together
 	$(call first,70)
 	@$(UV) run --group dev python tests/demo.py
 
-test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 7 minutes)
+test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
 	$(call first,105)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
-	$(UV) run --group dev --group deploy pytest -n 2 --dist loadfile
+	$(UV) run --group dev --group deploy pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 image: $(UV)  ## build the container image with podman, run it and ask every model through it
 	$(UV) run --group dev pytest tests/test_image.py -m slow -s

@@ -62,10 +62,12 @@ def test_a_port_in_use_on_another_address_is_none_of_our_business(tmp_path: Path
         pytest.param("gateway.invalid", "Name or service not known", id="unknown name"),
     ],
 )
-def test_an_address_that_cannot_be_had_is_a_sentence(tmp_path: Path, host: str, words: str, workers: str) -> None:
+def test_an_address_that_cannot_be_had_is_a_sentence(
+    vendors: Vendors, tmp_path: Path, host: str, words: str, workers: str
+) -> None:
     with socket.create_server(("127.0.0.2", 0)) as rival:
-        port = str(rival.getsockname()[1])
-        code, said = serve(PROJECT, tmp_path, LLAMA_STACK_HOST=host, LLAMA_STACK_PORT=port, LLAMA_STACK_WORKERS=workers)
+        where = {"LLAMA_STACK_HOST": host, "LLAMA_STACK_PORT": str(rival.getsockname()[1])}
+        code, said = serve(PROJECT, tmp_path, LLAMA_STACK_WORKERS=workers, **where, **vendors.environ())
     assert code == 2
     assert words.lower() in said.lower()
     assert "The server did not start" in said
@@ -123,12 +125,12 @@ def test_a_key_with_a_passphrase_is_a_sentence_and_no_prompt(tmp_path: Path) -> 
 
 
 @WORKERS
-def test_a_certificate_that_is_none_is_a_sentence(tmp_path: Path, workers: str) -> None:
+def test_a_certificate_that_is_none_is_a_sentence(vendors: Vendors, tmp_path: Path, workers: str) -> None:
     """Several workers would be started again and again."""
     file = tmp_path / "tls.pem"
     file.write_text("not a certificate\n")
     tls = {"LLAMA_STACK_TLS_CERTFILE": str(file), "LLAMA_STACK_TLS_KEYFILE": str(file)}
-    code, said = serve(PROJECT, tmp_path, LLAMA_STACK_WORKERS=workers, **tls)
+    code, said = serve(PROJECT, tmp_path, LLAMA_STACK_WORKERS=workers, **tls, **vendors.environ())
     assert code != 0
     assert "ssl.SSLError" in said
     assert "Traceback" not in said

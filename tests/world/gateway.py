@@ -164,7 +164,7 @@ class Gateway:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.stop(3)  # A stream that a test has left without an end is not waited for.
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
