@@ -337,24 +337,23 @@ def test_who_connects_and_does_not_ask_is_sent_away(tmp_path: Path) -> None:
             assert not recorder.heads, name
 
 
-def told(connection: socket.socket) -> bytes:
-    """The first that comes back on a connection."""
-    with contextlib.suppress(ConnectionError):
-        return connection.recv(1)
-    return b""
+def turned_away(connection: socket.socket) -> bool:
+    """Whether it was closed without a word. One that was let in stays open for a while, and is told 408 in the end."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def test_one_address_cannot_take_all_places(tmp_path: Path) -> None:
     with recorded(tmp_path) as (client, _), contextlib.ExitStack() as stack:
-        connections = []
-        for _ in range(600):
-            with contextlib.suppress(ConnectionError):
-                connections.append(stack.enter_context(raw(client)))
+        connections = [stack.enter_context(raw(client)) for _ in range(600)]
+        assert eventually(lambda: any(map(turned_away, connections)))
         other = httpx.HTTPTransport(local_address="127.0.0.2")
         with httpx.Client(transport=other, timeout=60, trust_env=False) as elsewhere:
             assert elsewhere.get(client.base_url.join("/v1/models")).is_success
-        # One that was let in is told 408 in the end, one that was not is told nothing.
-        assert sum(bool(told(connection)) for connection in connections) < 600
 
 
 def test_nobody_elsewhere_reaches_it_unless_told() -> None:
@@ -381,7 +380,7 @@ def test_memory_under_load_is_less_than_a_pod_asks_for(balancer: Balancer, gatew
 
 
 def test_a_killed_gateway_loses_what_it_had_in_hand_and_no_more(balancer: Balancer, gateways: dict[str, Gateway]) -> None:
-    kill(balancer, gateways, "b", callers=4, calls=2)
+    kill(balancer, gateways, "b", callers=4, calls=1)
 
 
 @pytest.mark.slow

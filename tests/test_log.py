@@ -80,9 +80,9 @@ def test_every_call_is_in_it_in_one_shape(gateway: Gateway) -> None:
 
 
 def test_its_first_lines_say_that_it_starts_and_where_it_answers(gateway: Gateway) -> None:
-    events = [line["event"] for line in lines(gateway)]
-    assert events[0].startswith("The gateway starts.")
-    assert f"The gateway answers at {gateway.url}. Ctrl-C stops it." in events
+    assert lines(gateway)[0]["event"].startswith("The gateway starts.")
+    answers = f"The gateway answers at {gateway.url}. Ctrl-C stops it."  # With several workers, when the last of them is up.
+    assert eventually(lambda: answers in [line["event"] for line in lines(gateway)], 120)
     assert "HTTPS" not in gateway.log
 
 

@@ -40,7 +40,6 @@ def ogx(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pip",
         "install",
         "--quiet",
-        "--compile-bytecode",
         "--python",
         folder / "venv",
         os.environ.get("OGX", "ogx==1.5.0"),
