@@ -71,7 +71,7 @@ def test_a_certificate_that_is_not_trusted_is_refused(vendors: Vendors, tmp_path
 
 
 def test_started_by_hand_it_serves_the_same_and_keeps_nothing_either(vendors: Vendors, tmp_path: Path) -> None:
-    with Gateway(tmp_path, ("uv", "run", *BY_HAND), **vendors.environ()) as gateway:
+    with Gateway(tmp_path, ("uv", "run", *BY_HAND), LLAMA_STACK_LOGGING="all=debug", **vendors.environ()) as gateway:
         assert list(models(gateway)) == MODELS
         for _ in range(10):
             assert call(gateway).is_success

@@ -125,16 +125,20 @@ UNFILTERED = Edit("deploy/serve.sh", 'sed "$by_line" -E -f deploy/log.sed -f "$f
 
 
 def log_level(bench: Bench) -> Row:
-    """The server's own loggers at their usual level, where their lines are not filtered."""
+    """The server's own loggers at debug level, where their lines are not filtered."""
 
     def quoted(*edits: Edit) -> str:
-        with bench.gateway(UNFILTERED, *edits) as gateway:
-            return logged(gateway)
+        with bench.gateway(UNFILTERED, *edits, LLAMA_STACK_LOGGING="all=debug") as gateway:
+            before, count = len(gateway.log), 10
+            ask_many(gateway, count, prompt=SECRET)
+            time.sleep(1)
+            lines = gateway.log[before:].splitlines()
+        return f"{sum(SECRET in line for line in lines)} of {len(lines)} log lines quote the prompt ({count} good calls)"
 
     return Row(
-        "`logging_config: all: critical`, for a server without the filter",
-        "the server's loggers quote what a malformed call holds, beside its tracebacks",
-        quoted(Edit("run.yaml", "all: critical", "all: info")),
+        "`logging_config`, whatever `LLAMA_STACK_LOGGING` says",
+        "at debug level the server's loggers print every prompt, where no filter is behind them",
+        quoted(Edit("run.yaml", "all: critical", "all: debug"), Edit("run.yaml", "core: error", "core: debug")),
         quoted(),
     )
 
