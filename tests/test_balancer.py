@@ -339,8 +339,9 @@ def test_who_connects_and_does_not_ask_is_sent_away(tmp_path: Path) -> None:
 
 def turned_away(connection: socket.socket) -> bool:
     """Whether it was closed without a word. One that was let in stays open for a while, and is told 408 in the end."""
+    connection.setblocking(False)
     try:
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return not connection.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
     except ConnectionError:
@@ -349,8 +350,11 @@ def turned_away(connection: socket.socket) -> bool:
 
 def test_one_address_cannot_take_all_places(tmp_path: Path) -> None:
     with recorded(tmp_path) as (client, _), contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(raw(client)) for _ in range(600)]
-        assert eventually(lambda: any(map(turned_away, connections)))
+        connections = []
+        for _ in range(600):
+            with contextlib.suppress(ConnectionError):
+                connections.append(stack.enter_context(raw(client)))
+        assert len(connections) < 600 or eventually(lambda: any(map(turned_away, connections)), 20)
         other = httpx.HTTPTransport(local_address="127.0.0.2")
         with httpx.Client(transport=other, timeout=60, trust_env=False) as elsewhere:
             assert elsewhere.get(client.base_url.join("/v1/models")).is_success

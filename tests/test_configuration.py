@@ -137,6 +137,8 @@ def test_every_table_drops_what_is_inserted() -> None:
 def test_the_server_has_no_other_table_than_those_that_drop(client: httpx.Client, gateway: Gateway) -> None:
     assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
     assert client.post("/v1/responses", headers=ALL_KEYS, json={"model": MODELS[0], "input": "Hello"}).is_success
+    file = [{"role": "user", "content": [{"type": "input_file", "file_id": "file-made-up"}]}]
+    assert client.post("/v1/responses", headers=ALL_KEYS, json={"model": MODELS[0], "input": file}).is_error
     (path,) = gateway.home.rglob("keeps-nothing.db")
     with contextlib.closing(sqlite3.connect(":memory:")) as ours, contextlib.closing(sqlite3.connect(path)) as theirs:
         ours.executescript((PROJECT / "deploy/keeps-nothing.sql").read_text())
