@@ -17,7 +17,7 @@ import httpx
 import pytest
 import trustme
 import yaml
-from world.calls import ALL_KEYS, MODELS, caller, chat, one_key
+from world.calls import ALL_KEYS, MODELS, caller, chat, one_by_one, one_key
 from world.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port, listening, wait_for
 from world.load import Load
 from world.vendors import InBackground, Vendors
@@ -273,6 +273,10 @@ def test_one_key_for_one_call_is_not_handed_to_every_vendor(client: httpx.Client
 def test_each_vendors_own_key_lists_its_models(client: httpx.Client) -> None:
     listed = [model["id"] for model in client.get("/v1/models", headers=ALL_KEYS).json()["data"]]
     assert "anthropic/anthropic-other" in listed
+
+
+def test_tokens_arrive_as_the_gateway_sends_them(client: httpx.Client) -> None:
+    assert eventually(lambda: one_by_one(client))
 
 
 def test_a_call_that_a_gateway_may_have_seen_is_not_sent_again(tmp_path: Path) -> None:

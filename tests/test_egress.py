@@ -15,7 +15,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, arrivals, caller, chat, events, message, streamed_text, vendor_of
+from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, message, one_by_one, streamed_text, vendor_of
 from world.gateway import HAPROXY, PROJECT, PROVIDER_DATA, SERVE, Gateway, clean_environ, eventually, free_port, listening
 from world.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 from world.wire import NameServer, Wire
@@ -161,8 +161,7 @@ def test_embeddings_work_too(beside: httpx.Client, server: Gateway, wire: Wire, 
 
 
 def test_tokens_arrive_as_the_vendor_sends_them(client: httpx.Client) -> None:
-    arrived = arrivals(client, "openai/slow")
-    assert arrived[-1] - arrived[0] > 1
+    assert eventually(lambda: one_by_one(client))
 
 
 def test_calls_share_connections(client: httpx.Client, wire: Wire) -> None:
@@ -394,6 +393,20 @@ def test_a_wrong_certificate_is_refused(wrong: str, vendors: Vendors, names: Nam
             assert eventually(lambda: proxy.post().status_code == 503 and "no safe connection" in proxy.log())
             assert "openai 503 SC: no safe connection, certificate verify failed\n" in proxy.log()
         assert not others.seen
+
+
+def test_it_follows_the_vendor_to_one_new_address_after_another(
+    client: httpx.Client, wire: Wire, vendors: Vendors, names: NameServer
+) -> None:
+    """It remembers two. Some time after the test above, because an address that has gone is forgotten after 30 s."""
+    assert ask(client).is_success
+    with Wire(vendors.tls_port, "127.0.0.3", wire.port) as moved:
+        names.address = moved.address
+        wire.down()
+        assert eventually(lambda: ask(client).is_success)
+        assert moved.opened
+    names.address = wire.address
+    wire.up()
 
 
 def test_both_stop_together_after_streams_in_flight(client: httpx.Client, server: Gateway) -> None:

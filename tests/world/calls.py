@@ -1,5 +1,6 @@
 """What callers send and what they read: models, headers, bodies, and the parts of an answer."""
 
+import itertools
 import json
 import time
 from typing import Any
@@ -137,3 +138,13 @@ def arrivals(client: httpx.Client, model: str, prompt: str = "Hello") -> list[fl
             if line.startswith("data: "):
                 arrived.append(time.monotonic())
     return arrived
+
+
+def one_by_one(client: httpx.Client) -> bool:
+    """Whether most words of a stream arrive alone, where one is sent every 0.1 s.
+
+    Of what waits for more to come, Linux hands over some words at a time, every 0.2 s. Source: tcp(7), TCP_CORK.
+    """
+    arrived = arrivals(client, "openai/every-0.1", "one two three four five six seven eight nine ten")
+    gaps = [later - sooner for sooner, later in itertools.pairwise(arrived)]
+    return sum(gap > 0.03 for gap in gaps) > len(gaps) / 2
