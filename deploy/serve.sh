@@ -118,13 +118,12 @@ done
 # a traceback does not answer the call that caused it.
 by_line="$(sed -u '' < /dev/null > /dev/null 2>&1 && echo -u || echo -l)" # -l is BSD's name for it.
 [ -t 1 ] && form=deploy/terminal.sed || form=/dev/null
-show() {
-  sed "$by_line" -E -f deploy/log.sed -f "$form"
-}
+show() { sed "$by_line" -E -f deploy/log.sed -f "$form"; }
 pipe="$SQLITE_STORE_DIR/log.$$" && mkfifo -m 600 "$pipe"
 say "The gateway starts. It asks each vendor for its models first, and waits for one that is silent. Calls go ${EGRESS_WAY:-straight to the vendors}."
 "$@" llama stack run run.yaml < /dev/null > "$pipe" 2>&1 &
 server=$!
+workers() { ps -A -o pid= -o ppid= 2> /dev/null | awk -v of="$server" '$2 == of { print $1 }'; }
 (
   set +e
   trap '' HUP INT TERM
@@ -137,8 +136,8 @@ server=$!
     case "$starting $line" in
       'true '*'[Errno '*) echo "LLAMA_STACK_HOST is '$LLAMA_STACK_HOST', LLAMA_STACK_PORT is '$LLAMA_STACK_PORT': ${line#*\[Errno }" ;;
       'true {'* | 'false {'*) printf '%s\n' "$line" | show ;;
-      # It would neither serve nor exit, or start its workers for ever.
-      'true   File "'*' in create_app' | 'true Process SpawnProcess-'*) { sleep 1 && kill "$server" 2> /dev/null; } & ;;
+      # It would neither serve nor exit, or start its workers for ever. One that is told to stop while it fails forgets that.
+      'true   File "'*' in create_app' | 'true Process SpawnProcess-'*) { sleep 1 && kill "$server" && workers | xargs kill -KILL; } 2> /dev/null & ;;
       false* | 'true ' | 'true   File "'* | 'true     '* | 'true Traceback'* | 'true During handling'* | 'true The above exception'*) ;;
       *) printf '%s\n' "$line" ;;
     esac
@@ -162,7 +161,7 @@ stop() {
   kill "$server" 2> /dev/null || :
 }
 insist() {
-  [ -z "$asked" ] || { asked=130 && { echo "$server" && ps -A -o pid= -o ppid= 2> /dev/null | awk -v of="$server" '$2 == of { print $1 }'; } | xargs kill -KILL 2> /dev/null; }
+  [ -z "$asked" ] || { asked=130 && { echo "$server" && workers; } | xargs kill -KILL 2> /dev/null; }
   stop
 }
 trap stop HUP TERM

@@ -1,8 +1,10 @@
 """deploy/serve.sh, where the gateway cannot start or its surroundings fail it: a sentence and a true exit code."""
 
+import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -167,13 +169,25 @@ def test_a_broken_run_yaml_is_a_sentence(project: Path, tmp_path: Path, figures:
     assert 'File "' not in said
 
 
-def test_a_broken_run_yaml_is_a_sentence_with_workers_too(project: Path, tmp_path: Path, figures: list[Figure]) -> None:
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """One CPU for all that the test starts."""
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(all_of_them)})
+    yield
+    os.sched_setaffinity(0, all_of_them)
+
+
+@pytest.mark.parametrize("workers", ["2", "4"])
+def test_a_broken_run_yaml_is_a_sentence_with_workers_too(
+    one_cpu: None, project: Path, tmp_path: Path, figures: list[Figure], workers: str
+) -> None:
+    """On one CPU they fail one after the other. One that is told to stop while it fails would stay for ever."""
     (project / "run.yaml").write_text((project / "run.yaml").read_text().replace("remote::gemini", "remote::nobody"))
     start = time.monotonic()
-    code, said = serve(project, tmp_path / "home", LLAMA_STACK_WORKERS="2")
-    figures.append(
-        Figure("run.yaml names an unknown provider, 2 workers", f"a sentence, exit code {code}", time.monotonic() - start, None)
-    )
+    code, said = serve(project, tmp_path / "home", LLAMA_STACK_WORKERS=workers)
+    seconds, fault = time.monotonic() - start, f"run.yaml names an unknown provider, {workers} workers"
+    figures.append(Figure(fault, f"a sentence, exit code {code}", seconds, None))
     assert code != 0
     assert "Provider `remote::nobody` is not available" in said
     assert "Traceback" not in said
