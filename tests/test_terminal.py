@@ -8,6 +8,7 @@ import httpx
 import pytest
 from world.calls import ALL_KEYS, MODELS, caller, chat
 from world.gateway import clean_environ, eventually, free_port
+from world.listeners import Accepts
 from world.terminal import Terminal
 from world.vendors import Vendors
 
@@ -90,3 +91,16 @@ def test_a_second_ctrl_c_ends_it_at_once(vendors: Vendors, tmp_path: Path, worke
             return True
 
     assert eventually(gone, 10), "something still answers"
+
+
+def test_a_second_ctrl_c_ends_a_start_that_a_silent_vendor_holds_up(tmp_path: Path) -> None:
+    """Asked once, the stock server looks up when the vendor has answered, which may take half an hour."""
+    with Accepts() as silent:
+        nowhere = {"OPENAI_PASSTHROUGH_URL": f"http://127.0.0.1:{silent.port}", "HTTPS_PROXY": "http://127.0.0.1:9"}
+        environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(free_port()), **nowhere)
+        with Terminal(("make", "server"), environ) as at:
+            assert eventually(lambda: silent.kept)
+            at.press(CTRL_C)
+            at.wait_for("Ctrl-C ends it at once")
+            at.press(CTRL_C)
+            at.wait(30)
