@@ -7,6 +7,7 @@ import json
 import ssl
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -220,8 +221,9 @@ def test_metrics_reach_the_collector(team: httpx.Client, services: Services, tok
     wanted = "llama_stack.inference.time_to_first_token_seconds"
 
     def workers() -> set[str]:
-        """The workers that have told of themselves. Which of them takes a call is up to the kernel."""
-        team.get("/v1/models", headers=headers)
+        """The workers that have told of themselves. Of calls that come at once, on connections of their own, each gets some."""
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: team.get("/v1/models", headers=headers | {"Connection": "close"}), range(32)))
         return {point["service.instance.id"] for points in services.metrics().values() for point in points}
 
     wait_for(lambda: any(point["value"] >= 1 for point in services.metrics().get(wanted, [])))
