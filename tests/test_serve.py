@@ -1,6 +1,8 @@
 """deploy/serve.sh, where the gateway cannot start or its surroundings fail it: a sentence and a true exit code."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -26,11 +28,14 @@ def serve(folder: Path, home: Path, prefix: str = "", seconds: float = 120, **mo
     """
     environ = clean_environ(home, **{"LLAMA_STACK_PORT": str(free_port())} | NOWHERE | more)
     script = f"{prefix} exec deploy/serve.sh"
-    done = subprocess.run(
-        ["sh", "-c", script], cwd=folder, env=environ, capture_output=True, text=True, timeout=seconds, check=False
-    )
-    code = done.returncode if done.returncode >= 0 else 128 - done.returncode
-    return code, done.stdout + done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["sh", "-c", script], cwd=folder, env=environ, start_new_session=True, **pipes)
+    try:
+        said = "".join(process.communicate(timeout=seconds))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode, said
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "::1"])

@@ -11,6 +11,7 @@ The exit code is 0 only if every change was noticed, or survived as its list say
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 from world.gateway import PROJECT
 
 from . import Mutant, mutants
@@ -62,6 +64,14 @@ def run(folder: Path, *arguments: str, seconds: float = 900) -> tuple[int, str]:
     return process.returncode, said
 
 
+def sweep(folder: Path) -> None:
+    """End what a project, changed so that it no longer ends all that it starts, has left running in `folder`."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if Path(process.cwd()).is_relative_to(folder):
+                process.kill()
+
+
 def verdict(mutant: Mutant, original: Path) -> tuple[str, str]:
     """What came of a change: a word for it, and what there is to say. The words in `BAD` need work."""
     with tempfile.TemporaryDirectory() as folder:
@@ -72,6 +82,7 @@ def verdict(mutant: Mutant, original: Path) -> tuple[str, str]:
         except (OSError, ValueError) as error:
             return "error", str(error)
         code, said = run(copy, "-x", *mutant.tests)
+        sweep(copy)
     if code == FAILED:
         return "caught", ""
     if code != PASSED:
