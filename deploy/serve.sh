@@ -96,7 +96,8 @@ store="$SQLITE_STORE_DIR/keeps-nothing.db"
   refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR: it has to be a folder that is yours, and that nobody else may write to."
 ! said="$(python -m sqlite3 "$store.$$" < deploy/keeps-nothing.sql 2>&1 | grep Error)" ||
   refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR, which cannot be used: $(echo "$said" | tail -n 1)"
-rm -f "$store-wal" "$store-shm" && mv "$store.$$" "$store"
+rm -f "$store-wal" "$store-shm"
+mv "$store.$$" "$store"
 
 # The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. Nothing of a
 # caller's goes out: no logs, which quote keys and prompts, and no attribute of a span, such as a URL's query, beyond 4 characters.
