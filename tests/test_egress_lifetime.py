@@ -46,6 +46,8 @@ class Start:
     def __init__(self, stub: Path, **more: str) -> None:
         self.port = free_port()
         self.environ = clean_environ(stub, EGRESS_PORT=str(self.port), EGRESS_NAMESERVER="127.0.0.1:9") | more
+        # deploy/serve.sh, which calls the script otherwise, has looked where Debian keeps HAProxy.
+        self.environ["PATH"] += f"{os.pathsep}{Path(HAPROXY or '').parent}"
         self.stub, self.log_file = stub, stub / "log"
 
     @property

@@ -28,7 +28,7 @@ gateway=$!
   trap '' HUP INT TERM
   trap 'kill -KILL "$!"; wait "$!" 2> /dev/null || :; exit 0' USR1
   # Of the environment it gets what it needs: keys travel with the calls.
-  $apart env -i PATH="$PATH:/usr/local/sbin:/usr/sbin" EGRESS_PORT="$EGRESS_PORT" ${EGRESS_CA:+"EGRESS_CA=$EGRESS_CA"} \
+  $apart env -i PATH="$PATH" EGRESS_PORT="$EGRESS_PORT" ${EGRESS_CA:+"EGRESS_CA=$EGRESS_CA"} \
     ${EGRESS_NAMESERVER:+"EGRESS_NAMESERVER=$EGRESS_NAMESERVER"} \
     ${EGRESS_VENDOR_PORT:+"EGRESS_VENDOR_PORT=$EGRESS_VENDOR_PORT"} haproxy -db -f deploy/egress/haproxy.cfg &
   wait "$!" 2> /dev/null || :
