@@ -335,9 +335,8 @@ def test_who_connects_and_does_not_ask_is_sent_away(tmp_path: Path) -> None:
         for name, connection in connections.items():
             connection.sendall(SLOW[name])
         for name, connection in connections.items():
-            with contextlib.suppress(ConnectionError):
-                while connection.recv(1000):
-                    pass
+            while connection.recv(1000):
+                pass
             assert not recorder.heads, name
 
 
@@ -388,7 +387,7 @@ def test_memory_under_load_is_less_than_a_pod_asks_for(balancer: Balancer, gatew
 
 
 def test_a_killed_gateway_loses_what_it_had_in_hand_and_no_more(balancer: Balancer, gateways: dict[str, Gateway]) -> None:
-    kill(balancer, gateways, "b", callers=4, calls=1)
+    kill(balancer, gateways, "b", callers=4, calls=2)
 
 
 @pytest.mark.slow

@@ -340,9 +340,10 @@ def test_it_survives_a_restart_of_the_vendor(client: httpx.Client, server: Gatew
     assert ask(client).is_success
 
 
-def test_it_follows_the_vendor_to_a_new_address(client: httpx.Client, wire: Wire, vendors: Vendors, names: NameServer) -> None:
+def assert_it_follows(client: httpx.Client, wire: Wire, vendors: Vendors, names: NameServer, address: str) -> None:
+    """Calls are answered again some time after the vendor has moved to `address`, and after it has moved back."""
     assert ask(client).is_success
-    with Wire(vendors.tls_port, "127.0.0.2", wire.port) as moved:
+    with Wire(vendors.tls_port, address, wire.port) as moved:
         names.address = moved.address
         wire.down()
         assert eventually(lambda: ask(client).is_success)
@@ -350,6 +351,10 @@ def test_it_follows_the_vendor_to_a_new_address(client: httpx.Client, wire: Wire
     names.address = wire.address
     wire.up()
     assert eventually(lambda: ask(client).is_success)
+
+
+def test_it_follows_the_vendor_to_a_new_address(client: httpx.Client, wire: Wire, vendors: Vendors, names: NameServer) -> None:
+    assert_it_follows(client, wire, vendors, names, "127.0.0.2")
 
 
 def test_it_listens_on_loopback_only_and_holds_no_key(server: Gateway) -> None:
@@ -399,14 +404,7 @@ def test_it_follows_the_vendor_to_one_new_address_after_another(
     client: httpx.Client, wire: Wire, vendors: Vendors, names: NameServer
 ) -> None:
     """It remembers two. Some time after the test above, because an address that has gone is forgotten after 30 s."""
-    assert ask(client).is_success
-    with Wire(vendors.tls_port, "127.0.0.3", wire.port) as moved:
-        names.address = moved.address
-        wire.down()
-        assert eventually(lambda: ask(client).is_success)
-        assert moved.opened
-    names.address = wire.address
-    wire.up()
+    assert_it_follows(client, wire, vendors, names, "127.0.0.3")
 
 
 def test_both_stop_together_after_streams_in_flight(client: httpx.Client, server: Gateway) -> None:
