@@ -82,21 +82,21 @@ class Wire(InBackground):
         self.writers.add(writer)
         with contextlib.suppress(ConnectionError):
             there, back = await asyncio.open_connection("127.0.0.1", self.target)
-            answers = asyncio.create_task(pump(there, writer))
-            while data := await reader.read(65536):
-                fault, self.fault = self.fault, None
-                if fault == "no answer":
-                    answers.cancel()
-                    await asyncio.wait([answers])
+            with contextlib.closing(back):  # Also where the proxy resets the connection.
+                answers = asyncio.create_task(pump(there, writer))
+                while data := await reader.read(65536):
+                    fault, self.fault = self.fault, None
+                    if fault == "no answer":
+                        answers.cancel()
+                        await asyncio.wait([answers])
+                        back.write(data)
+                        rest = asyncio.create_task(pump(reader, back))  # The body may come after the headers.
+                        await there.read(1)
+                        rest.cancel()
+                    if fault:
+                        break
                     back.write(data)
-                    rest = asyncio.create_task(pump(reader, back))  # The body may come after the headers.
-                    await there.read(1)
-                    rest.cancel()
-                if fault:
-                    break
-                back.write(data)
-                await back.drain()
-            back.close()
+                    await back.drain()
         writer.close()
         self.writers.discard(writer)
 
