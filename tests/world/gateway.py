@@ -28,6 +28,10 @@ BY_HAND = ("llama", "stack", "run", "run.yaml")
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin")
 
 
+# What `free_port` has given away.
+HELD: list[contextlib.ExitStack] = []
+
+
 def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     """An environment with nothing in it but a search path, an empty home and `settings`.
 
@@ -41,14 +45,18 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, on any address.
+    """A TCP port that nobody listens on, on any address, nor on the next, where the egress proxy listens unless told.
 
-    It is below those that the kernel gives to connections and to servers that leave the choice to it, so that only somebody
-    who asks for this very one could take it before its server does.
+    It is below those that the kernel gives to connections and to servers that leave the choice to it. Both stay bound as long as
+    this process lives: a server that asks with SO_REUSEADDR gets them all the same, and who looks here for a free one does not.
     """
-    for port in random.sample(range(10_000, 32_000), 1_000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
+    for port in random.sample(range(10_000, 32_000, 2), 1_000):
+        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+            for number in (port, port + 1):
+                probe = opened.enter_context(socket.socket())
+                probe.bind(("", number))
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            HELD.append(opened.pop_all())
             return port
     raise OSError("None of 1,000 ports between 10,000 and 32,000 is free.")
 
