@@ -24,7 +24,7 @@ def test_nobody_is_called_by_plain_http(vendors: Vendors, tmp_path: Path, name: 
     assert vendors.strangers == []
 
 
-def test_what_the_operator_names_is_reached_past_the_closed_door_and_nothing_beside_it(vendors: Vendors, tmp_path: Path) -> None:
+def test_what_the_operator_names_is_reached_past_the_closed_door_and_nothing_beside_it(tmp_path: Path) -> None:
     """The environment in which the server runs: its proxy is not there, and only what is named goes past it."""
     settings = {
         "OPENAI_PASSTHROUGH_URL": "http://127.0.0.1:9101/openai",
@@ -33,8 +33,7 @@ def test_what_the_operator_names_is_reached_past_the_closed_door_and_nothing_bes
         "NO_PROXY": "mcp.example.com",
         "EGRESS": "0",
     }
-    with Gateway(tmp_path, SERVE, **settings) as gateway:
-        environ = gateway.environ
+    environ = Gateway(tmp_path, SERVE, **settings).environ_at_start()
     assert environ["ALL_PROXY"] == "http://127.0.0.1:9"
     assert not {"HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy", "no_proxy"} & set(environ)
     assert set(environ["NO_PROXY"].split(",")) == {
@@ -49,8 +48,8 @@ def test_what_the_operator_names_is_reached_past_the_closed_door_and_nothing_bes
 
 
 def test_an_operators_proxy_decides_about_https_and_plain_http_stays_closed(vendors: Vendors, tmp_path: Path) -> None:
-    with Gateway(tmp_path, SERVE, OPENAI_PASSTHROUGH_URL="http://127.0.0.1:9101", **vendors.environ()) as gateway:
-        environ = gateway.environ
+    settings = {"OPENAI_PASSTHROUGH_URL": "http://127.0.0.1:9101"} | vendors.environ()
+    environ = Gateway(tmp_path, SERVE, **settings).environ_at_start()
     assert environ["HTTPS_PROXY"] == vendors.environ()["HTTPS_PROXY"]
     assert environ["ALL_PROXY"] == "http://127.0.0.1:9"
     assert environ["NO_PROXY"] == "http://127.0.0.1:9101"

@@ -9,7 +9,7 @@ import httpx
 import yaml
 from pydantic import BaseModel, Field
 
-from .gateway import PROJECT, PROVIDER_DATA
+from .gateway import PROJECT, PROVIDER_DATA, Gateway
 from .vendors import KEYS
 
 CHAT = "/v1/chat/completions"
@@ -127,7 +127,7 @@ def caller(url: str, **settings: Any) -> httpx.Client:
     It opens a connection for each call, because the server closes one after an error without announcing it.
     """
     limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(base_url=url, **{"timeout": 60, "trust_env": False, "limits": limits} | settings)
+    return httpx.Client(base_url=url, **{"timeout": 60, "trust_env": False, "limits": limits, "verify": Gateway.trust} | settings)
 
 
 def arrivals(client: httpx.Client, model: str, prompt: str = "Hello") -> list[float]:

@@ -68,7 +68,7 @@ class Gateway:
     settings ask for TLS, `trust` has the CA that signed the certificate.
     """
 
-    trust: ssl.SSLContext | bool = True
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Nobody. Made once, because the one that httpx makes takes it 20 ms.
     health = "/v1/health"  # the path that answers once it is up
 
     def __init__(self, home: Path, command: tuple[str, ...] = ("make", "server"), cwd: Path = PROJECT, **settings: str) -> None:
@@ -84,11 +84,8 @@ class Gateway:
         """All that the process has printed so far."""
         return self.log_file.read_text()
 
-    def start(self, seconds: float = 200) -> "Gateway":
-        """Start the process and wait until it answers `health`.
-
-        Raises RuntimeError with the end of its log if it exits, or takes longer than `seconds`.
-        """
+    def launch(self) -> None:
+        """Start the process, and wait for nothing."""
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("a") as log:
             self.process = subprocess.Popen(
@@ -100,6 +97,13 @@ class Gateway:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def start(self, seconds: float = 200) -> "Gateway":
+        """Start the process and wait until it answers `health`.
+
+        Raises RuntimeError with the end of its log if it exits, or takes longer than `seconds`.
+        """
+        self.launch()
         try:
             eventually(lambda: self.process.poll() is not None or self.answers(), seconds)
             if self.process.poll() is not None or not self.answers():
@@ -108,6 +112,15 @@ class Gateway:
             self.stop()
             raise
         return self
+
+    def environ_at_start(self) -> dict[str, str]:
+        """The environment that the server is given, from a start that ends as soon as that is known."""
+        self.launch()
+        try:
+            assert eventually(self.servers), self.log
+            return self.environ
+        finally:
+            self.stop(0)
 
     def answers(self) -> bool:
         """Whether it answers `health`."""
@@ -139,8 +152,12 @@ class Gateway:
     @property
     def server(self) -> int:
         """The process id of the server itself, below whatever started it; of the supervisor where there are workers."""
-        (pid,) = [pid for pid, *line in processes(self.process.pid) if "run.yaml" in line and "python" in line[0]]
-        return int(pid)
+        (pid,) = self.servers()
+        return pid
+
+    def servers(self) -> list[int]:
+        """The process id of the server, as soon as it is there."""
+        return [int(pid) for pid, *line in processes(self.process.pid) if "run.yaml" in line and "python" in line[0]]
 
     @property
     def workers(self) -> list[int]:
