@@ -33,7 +33,7 @@ test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
 	$(call first,105)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
-	$(UV) run --group dev --group deploy pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(UV) run --group dev --group deploy pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 image: $(UV)  ## build the container image with podman, run it and ask every model through it
 	$(UV) run --group dev pytest tests/test_image.py -m slow -s
