@@ -132,7 +132,7 @@ def test_a_user_can_type_every_block(copy: Path, vendors: Vendors) -> None:
         for vendor in VENDORS.values():
             assert f"This is a stand-in for {vendor.title}" in printed
 
-        listed = httpx.get(f"{gateway.url}/v1/models", trust_env=False).json()["data"]
+        listed = httpx.get(f"{gateway.url}/v1/models", trust_env=False, timeout=60).json()["data"]
         assert [model["id"] for model in listed] == [
             *MODELS,
             *(each["model_id"] for each in yaml.safe_load(blocks(USER, "yaml")[0])),

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from world.calls import ALL_KEYS, MODELS, caller, chat
-from world.gateway import clean_environ, eventually, free_port
+from world.gateway import clean_environ, eventually, free_port, listening
 from world.listeners import Accepts
 from world.terminal import Terminal
 from world.vendors import Vendors
@@ -83,14 +83,7 @@ def test_a_second_ctrl_c_ends_it_at_once(vendors: Vendors, tmp_path: Path, worke
         at.wait(30)
         stream.join(10)
         assert not stream.is_alive()
-
-    def gone() -> bool:
-        try:
-            return not httpx.get(f"http://127.0.0.1:{port}/v1/health", trust_env=False, timeout=5)
-        except httpx.ConnectError:
-            return True
-
-    assert eventually(gone, 10), "something still answers"
+    assert eventually(lambda: not listening(port), 30), "something still answers"
 
 
 def test_a_second_ctrl_c_ends_a_start_that_a_silent_vendor_holds_up(tmp_path: Path) -> None:

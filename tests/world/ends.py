@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 
+from .gateway import Gateway
 from .vendors import Vendors
 
 
@@ -22,7 +23,8 @@ class BothEnds:
         self.vendors = vendors
         self.requests: list[httpx.Request] = []
         # The server closes a connection after an error without saying so: each call gets one of its own.
-        self.settings = {"trust_env": False, "timeout": 30, "limits": httpx.Limits(max_keepalive_connections=0)}
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.settings = {"trust_env": False, "timeout": 60, "limits": limits, "verify": Gateway.trust}
         self.client = httpx.Client(event_hooks={"request": [self.requests.append]}, **self.settings)
 
     def async_client(self) -> httpx.AsyncClient:
