@@ -1,5 +1,5 @@
 #!/bin/sh
-# Start the stock server in the environment that it needs. `llama` and `python` must be on PATH.
+# Start the stock server in the environment that it needs. The `python` on PATH must be the one that has it.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -99,10 +99,9 @@ store="$SQLITE_STORE_DIR/keeps-nothing.db"
 rm -f "$store-wal" "$store-shm"
 mv "$store.$$" "$store"
 
-# The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. Nothing of a
-# caller's goes out: no logs, which quote keys and prompts, and no attribute of a span, such as a URL's query, beyond 4 characters.
-# Metrics are labelled with model names, which callers make up: sent as differences, they can be forgotten. The last host above
-# is the collector's, whose exporter takes NO_PROXY without a scheme.
+# The server sends metrics by itself; traces, and numbers that tell one worker from the next, take the wrapper. No logs go out,
+# which quote keys and prompts, and of an attribute of a span, such as a URL, 4 characters. Model names, which callers make up,
+# label metrics: as differences they can be forgotten. The last host above is the collector's, whose exporter wants no scheme.
 set --
 if [ -n "$OTEL_EXPORTER_OTLP_ENDPOINT" ]; then
   set -- opentelemetry-instrument
@@ -115,14 +114,15 @@ for url in ${AUTH_JWKS_URI:+"$AUTH_JWKS_URI"} ${OTEL_EXPORTER_OTLP_ENDPOINT:+"$O
   httpx "$url" 2> /dev/null | grep -q '^HTTP/' || say "Nothing answers at $url. The gateway starts all the same."
 done
 
-# The log goes through a filter. Should nobody take it any more (a full disk), it is read on, because a server that cannot print
-# a traceback does not answer the call that caused it.
+# The log goes through a filter, which reads on where nobody takes it (a full disk): a server that cannot print does not answer.
 by_line="$(sed -u '' < /dev/null > /dev/null 2>&1 && echo -u || echo -l)" # -l is BSD's name for it.
 [ -t 1 ] && form=deploy/terminal.sed || form=/dev/null
 show() { sed "$by_line" -E -f deploy/log.sed -f "$form"; }
 pipe="$SQLITE_STORE_DIR/log.$$" && mkfifo -m 600 "$pipe"
 say "The gateway starts. It asks each vendor for its models first, and waits for one that is silent. Calls go ${EGRESS_WAY:-straight to the vendors}."
-"$@" llama stack run run.yaml < /dev/null > "$pipe" 2>&1 &
+# It is `llama stack run`, though from no file: each worker would import that before it answers uvicorn, which replaces one that is
+# silent for 5 s.
+"$@" python -P -c 'from llama_stack.cli.llama import main; main()' stack run run.yaml < /dev/null > "$pipe" 2>&1 &
 server=$!
 workers() { ps -A -o pid= -o ppid= 2> /dev/null | awk -v of="$server" '$2 == of { print $1 }'; }
 (

@@ -17,8 +17,11 @@ from world.gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
 from world.services import ISSUER, Services
 from world.vendors import KEYS, Vendors
 
-# All that moving takes on the server's side: three words in serve.sh, and one in the callers' header.
-RENAMED = {"LLAMA_STACK_LOG_FORMAT": "OGX_LOG_FORMAT", "llama stack run run.yaml": "ogx run run.yaml"}
+# All that moving takes on the server's side: a name and the command in serve.sh, and a name in the callers' header.
+RENAMED = {
+    "LLAMA_STACK_LOG_FORMAT": "OGX_LOG_FORMAT",
+    "python -P -c 'from llama_stack.cli.llama import main; main()' stack run run.yaml": "ogx run run.yaml",
+}
 KEYS_FOR_OGX = {"X-OGX-Provider-Data": ALL_KEYS[PROVIDER_DATA]}
 PAGE = "https://chat.example.com"
 

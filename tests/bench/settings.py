@@ -60,7 +60,7 @@ SETTINGS = (
 def gateway(setting: Setting, up: Upstream, home: Path) -> peers.Server:
     """A gateway with `setting`, not yet started. Raises Skipped if the shipped files no longer have what it edits.
 
-    The variables are set at the last moment, by a `llama` of its own, so that nothing in deploy/serve.sh undoes them.
+    The variables are set at the last moment, by a `python` of its own, so that nothing in deploy/serve.sh undoes them.
     """
     project, shim, python = home / "project", home / "bin", peers.own_environment(setting.python)
     shutil.copytree(PROJECT / "deploy", project / "deploy")
@@ -75,8 +75,8 @@ def gateway(setting: Setting, up: Upstream, home: Path) -> peers.Server:
         f"-u {name}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "no_proxy") if "proxies" in setting.title
     ]
     variables = [shlex.quote(f"{name}={value}") for name, value in setting.variables.items() if name != "SQLITE_STORE_DIR"]
-    (shim / "llama").write_text(f'#!/bin/sh\nexec env {" ".join(unset + variables)} {python / "bin/llama"} "$@"\n')
-    (shim / "llama").chmod(0o700)
+    (shim / "python").write_text(f'#!/bin/sh\nexec env {" ".join(unset + variables)} {python / "bin/python"} "$@"\n')
+    (shim / "python").chmod(0o700)
     store = Path(tempfile.mkdtemp(dir=setting.variables.get("SQLITE_STORE_DIR", home)))
     return peers.Server(
         home,
