@@ -94,7 +94,7 @@ store="$SQLITE_STORE_DIR/keeps-nothing.db"
 (umask 077 && mkdir -p "$SQLITE_STORE_DIR") 2> /dev/null || :
 [ -n "$(find "$SQLITE_STORE_DIR/." -prune -user "$(id -u)" ! -perm -020 ! -perm -002 2> /dev/null)" ] ||
   refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR: it has to be a folder that is yours, and that nobody else may write to."
-! said="$(python -m sqlite3 "$store.$$" < deploy/keeps-nothing.sql 2>&1 | grep Error)" ||
+! said="$(python -P -m sqlite3 "$store.$$" < deploy/keeps-nothing.sql 2>&1 | grep Error)" ||
   refuse "SQLITE_STORE_DIR is $SQLITE_STORE_DIR, which cannot be used: $(echo "$said" | tail -n 1)"
 rm -f "$store-wal" "$store-shm"
 mv "$store.$$" "$store"

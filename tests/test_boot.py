@@ -41,6 +41,9 @@ def test_boots_without_a_key_and_without_a_network(tmp_path: Path) -> None:
 
 
 def test_every_boot_reflects_run_yaml_alone(project: Path, tmp_path: Path, vendors: Vendors) -> None:
+    """Scripts of the user's in the same folder are not taken for modules of the same name."""
+    for name in ("openai.py", "code.py"):
+        (project / name).write_text("not a module of the server's")
     settings = {"home": tmp_path / "home", "command": SERVE, "cwd": project} | vendors.environ()
     with Gateway(**settings) as gateway:
         assert list(models(gateway)) == MODELS

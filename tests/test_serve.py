@@ -6,14 +6,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from conftest import Figure
 from world.calls import ALL_KEYS, MODELS, chat, message
-from world.gateway import PROJECT, Gateway, clean_environ, free_port
+from world.gateway import PROJECT, SERVE, Gateway, clean_environ, free_port, one_cpu
 from world.vendors import Vendors
 
 CHAT = "/v1/chat/completions"
@@ -174,28 +173,30 @@ def test_a_broken_run_yaml_is_a_sentence(project: Path, tmp_path: Path, figures:
     assert 'File "' not in said
 
 
-@pytest.fixture
-def one_cpu() -> Iterator[None]:
-    """One CPU for all that the test starts."""
-    all_of_them = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(all_of_them)})
-    yield
-    os.sched_setaffinity(0, all_of_them)
-
-
 @pytest.mark.parametrize("workers", ["2", "4"])
 def test_a_broken_run_yaml_is_a_sentence_with_workers_too(
-    one_cpu: None, project: Path, tmp_path: Path, figures: list[Figure], workers: str
+    project: Path, tmp_path: Path, figures: list[Figure], workers: str
 ) -> None:
     """On one CPU they fail one after the other. One that is told to stop while it fails would stay for ever."""
     (project / "run.yaml").write_text((project / "run.yaml").read_text().replace("remote::gemini", "remote::nobody"))
     start = time.monotonic()
-    code, said = serve(project, tmp_path / "home", LLAMA_STACK_WORKERS=workers)
+    with one_cpu():
+        code, said = serve(project, tmp_path / "home", LLAMA_STACK_WORKERS=workers)
     seconds, fault = time.monotonic() - start, f"run.yaml names an unknown provider, {workers} workers"
     figures.append(Figure(fault, f"a sentence, exit code {code}", seconds, None))
     assert code != 0
     assert "Provider `remote::nobody` is not available" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_workers_that_are_short_of_cpu_come_up(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
+    """uvicorn replaces a worker that does not answer for 5 s, also while it starts."""
+    gateway = Gateway(tmp_path, SERVE, LLAMA_STACK_WORKERS="8", **vendors.environ())
+    with one_cpu():
+        up, replaced, seconds = gateway.start_workers(200)
+    assert (up, replaced) == (8, 0)
+    figures.append(Figure("8 workers start on one CPU", "all come up, none is replaced", seconds, None))
 
 
 def test_a_full_disk_stops_the_boot(tmp_path: Path, figures: list[Figure]) -> None:

@@ -34,6 +34,7 @@ TRAPS: list[Callable[[Bench], Row]] = [
     access.server_organization,
     slow.console_logs,
     slow.hashed_cas,
+    slow.imported_command,
     models.old_models,
     packages.newest_mcp,
     packages.newest_openai,

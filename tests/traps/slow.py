@@ -11,7 +11,7 @@ from pathlib import Path
 import certifi
 import httpx
 from world.calls import ALL_KEYS, WRONG_KEY
-from world.gateway import Gateway
+from world.gateway import Gateway, one_cpu
 
 from . import Bench, Edit, Row, Skipped, ask, ask_many, patient
 
@@ -69,4 +69,20 @@ def hashed_cas(bench: Bench) -> Row:
         f"the server loads a bundle of {len(certificates)} CAs for every call",
         measure(bench.gateway(SSL_CERT_FILE=str(bundle))),
         measure(bench.gateway(Edit("deploy/serve.sh", "/etc/ssl/certs", str(hashed)), SSL_CERT_FILE="")),
+    )
+
+
+def imported_command(bench: Bench) -> Row:
+    """8 workers that share one CPU, for at most two minutes."""
+
+    def measure(*edits: Edit) -> str:
+        with one_cpu():
+            up, replaced, seconds = bench.gateway(*edits, LLAMA_STACK_WORKERS="8").start_workers(120)
+        return f"{up} of 8 workers up after {seconds:.0f} s, {replaced} replaced"
+
+    return Row(
+        "the command of `llama stack run`, called from no file",
+        "each worker imports that file before it answers uvicorn, which replaces one that is silent for 5 s (on one CPU)",
+        measure(Edit("deploy/serve.sh", "python -P -c 'from llama_stack.cli.llama import main; main()' stack", "llama stack")),
+        measure(),
     )

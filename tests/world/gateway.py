@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,6 +122,24 @@ class Gateway:
         finally:
             self.stop(0)
 
+    def start_workers(self, seconds: float) -> tuple[int, int, float]:
+        """Start several workers, and stop when all are up: how many were, how many had been replaced, and after how long.
+
+        Gives up after `seconds`.
+        """
+        wanted, seen, start = int(self.settings["LLAMA_STACK_WORKERS"]), set(), time.monotonic()
+
+        def up() -> int:
+            seen.update(self.workers)
+            return self.log.count("Application startup complete")
+
+        self.launch()
+        try:
+            eventually(lambda: up() == wanted, seconds)
+            return up(), len(seen) - wanted, time.monotonic() - start
+        finally:
+            self.stop(3)
+
     def answers(self) -> bool:
         """Whether it answers `health`."""
         try:
@@ -190,6 +208,17 @@ class Gateway:
 
     def __exit__(self, *_: object) -> None:
         self.stop(3)  # A stream that a test has left without an end is not waited for.
+
+
+@contextlib.contextmanager
+def one_cpu() -> Iterator[None]:
+    """One CPU for all that is started meanwhile."""
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(all_of_them)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_of_them)
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
