@@ -83,7 +83,7 @@ def test_a_second_ctrl_c_ends_it_at_once(vendors: Vendors, tmp_path: Path, worke
         at.wait(30)
         stream.join(10)
         assert not stream.is_alive()
-    assert eventually(lambda: not listening(port), 30), "something still answers"
+    assert eventually(lambda: not listening(port), 10), "something still answers"
 
 
 def test_a_second_ctrl_c_ends_a_start_that_a_silent_vendor_holds_up(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ CHAT = "/v1/chat/completions"
 RUN_YAML = yaml.safe_load((PROJECT / "run.yaml").read_text())
 MODELS = [model["model_id"] for model in RUN_YAML["registered_resources"]["models"]]
 
+# How callers connect: for each call anew, because the server closes a connection after an error without announcing it.
+CONNECTIONS = {"trust_env": False, "limits": httpx.Limits(max_keepalive_connections=0), "verify": Gateway.trust}
+
 # The two embeddings models that users are promised, by the provider that serves them.
 EMBEDDINGS = ["openai/text-embedding-3-small", "gemini-native/gemini-embedding-001"]
 
@@ -122,12 +125,8 @@ def message(response: httpx.Response) -> str:
 
 
 def caller(url: str, **settings: Any) -> httpx.Client:
-    """An HTTP client of a gateway that sends no key unless a call adds one.
-
-    It opens a connection for each call, because the server closes one after an error without announcing it.
-    """
-    limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(base_url=url, **{"timeout": 60, "trust_env": False, "limits": limits, "verify": Gateway.trust} | settings)
+    """An HTTP client of a gateway that sends no key unless a call adds one."""
+    return httpx.Client(base_url=url, **CONNECTIONS | {"timeout": 60} | settings)
 
 
 def arrivals(client: httpx.Client, model: str, prompt: str = "Hello") -> list[float]:

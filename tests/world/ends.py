@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from .gateway import Gateway
+from .calls import CONNECTIONS
 from .vendors import Vendors
 
 
@@ -22,9 +22,7 @@ class BothEnds:
     def __init__(self, vendors: Vendors) -> None:
         self.vendors = vendors
         self.requests: list[httpx.Request] = []
-        # The server closes a connection after an error without saying so: each call gets one of its own.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self.settings = {"trust_env": False, "timeout": 60, "limits": limits, "verify": Gateway.trust}
+        self.settings = CONNECTIONS | {"timeout": 30}
         self.client = httpx.Client(event_hooks={"request": [self.requests.append]}, **self.settings)
 
     def async_client(self) -> httpx.AsyncClient:
