@@ -11,7 +11,7 @@ export PROMPT MODEL
 # What a target needs is fetched when it first runs.
 first = @[ -d .venv ] || echo "The first run fetches packages ($1 MB), which may take a minute. Later ones need no internet." >&2
 
-.PHONY: help server client demo test image rolling libraries faults traps mutants bench profile
+.PHONY: help server client demo test image rolling libraries faults workarounds mutants bench profile
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -27,7 +27,7 @@ client: $(UV)  ## run main.py with the keys of .env; PROMPT="..." and MODEL="pro
 
 demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together
 	$(call first,70)
-	@$(UV) run --group dev python tests/demo.py
+	@$(UV) run --group dev python tests/tools/demo.py
 
 test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
 	$(call first,105)
@@ -52,18 +52,18 @@ FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fu
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
 	$(UV) run --group dev pytest $(FAULTS) -m "slow or not slow" --figures tests/faults.md
 
-traps: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each (ONLY=names)
-	@PYTHONPATH=tests $(UV) run --group dev python -m traps $(ONLY)
+workarounds: $(UV)  ## undo what is done about the stock server's traps, one by one, and measure each (ONLY=names)
+	@PYTHONPATH=tests $(UV) run --group dev python -m tools.workarounds $(ONLY)
 
 mutants: $(UV)  ## change the project on purpose, and see that a test notices (ONLY=pattern, JOBS=2)
-	@PYTHONPATH=tests $(UV) run --group dev --group deploy python -m mutants --only "$(ONLY)" --jobs $(or $(JOBS),2)
+	@PYTHONPATH=tests $(UV) run --group dev --group deploy python -m tools.mutation --only "$(ONLY)" --jobs $(or $(JOBS),2)
 
 bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: ROUNDS=1 SECONDS=1)
-	@PYTHONPATH=tests $(UV) run --group dev python -m bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \
+	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \
 	  --minutes $(or $(MINUTES),28) $(if $(SEED),--seed $(SEED)) --only $(ONLY)
 
 profile: $(UV)  ## where the server's time goes, sampled with py-spy; SETTINGS=1: what each setting adds or takes off
-	@PYTHONPATH=tests $(UV) run --group dev python -m bench.$(if $(SETTINGS),settings,profiling)
+	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench.$(if $(SETTINGS),settings,profiling)
 
 .uv/bin/uv:
 	@echo "This machine has no uv, which installs packages. Fetching one into .uv (17 MB) ..." >&2

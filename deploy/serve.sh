@@ -67,7 +67,7 @@ export FORWARDED_ALLOW_IPS="${FORWARDED_ALLOW_IPS-}"
 ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -H -n)"
 
 # The passthrough provider makes a TLS context for every call. A bundle of CAs is loaded whole each time, a directory of hashed
-# ones is not (`make traps` has the difference).
+# ones is not (`make workarounds` has the difference).
 for dir in /etc/ssl/certs /etc/pki/ca-trust/extracted/pem/directory-hash; do
   set -- "$dir"/*.0
   [ -n "${SSL_CERT_FILE-}${SSL_CERT_DIR-}" ] || [ ! -e "$1" ] || export SSL_CERT_DIR="$dir"

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from openai import OpenAI
-from world.calls import ALL_KEYS, caller
-from world.ends import BothEnds
-from world.figures import Figure, write
-from world.gateway import Gateway, copy_project
-from world.vendors import Vendors
+from support.both_ends import BothEnds
+from support.calls import ALL_KEYS, caller
+from support.figures import Figure, write
+from support.gateway import Gateway, copy_project
+from support.vendors import Vendors
 
 if TYPE_CHECKING:
-    from world.services import Services
+    from support.services import Services
 
 # The client libraries that the tests use, which may be other releases than those in uv.lock.
 LIBRARIES = ("openai", "openai-agents", "langchain-openai", "llama-stack-client")
@@ -61,7 +61,7 @@ def figures(pytestconfig: pytest.Config) -> Iterator[list[Figure]]:
 @pytest.fixture(scope="module")
 def services() -> Iterator["Services"]:
     """A team's identity provider and collector."""
-    from world.services import Services  # Needs packages that `make libraries` does without.
+    from support.services import Services  # Needs packages that `make libraries` does without.
 
     with Services() as services:
         yield services

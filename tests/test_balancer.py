@@ -17,10 +17,10 @@ import httpx
 import pytest
 import trustme
 import yaml
-from world.calls import ALL_KEYS, MODELS, caller, chat, one_by_one, one_key
-from world.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port, listening, wait_for
-from world.load import Load
-from world.vendors import InBackground, Vendors
+from support.calls import ALL_KEYS, MODELS, caller, chat, one_by_one, one_key
+from support.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port, listening, wait_for
+from support.load import Load
+from support.vendors import InBackground, Vendors
 
 # A streamed answer of about 4 s beside regular ones.
 BODIES = (chat("openai/slow", "count to four", stream=True), chat(MODELS[0]))

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from bench import report
-from bench.__main__ import calls_until, latencies
-from bench.load import Call, result, stream, wrk
-from bench.upstream import GOOD_KEY, ROUND_TRIP, WRONG_KEY, Upstream
 from dnslib import DNSRecord
-from world.gateway import PROJECT
+from support.gateway import PROJECT
+from tools.bench import report
+from tools.bench.__main__ import calls_until, latencies
+from tools.bench.load import Call, result, stream, wrk
+from tools.bench.upstream import GOOD_KEY, ROUND_TRIP, WRONG_KEY, Upstream
 
-COMMAND = (sys.executable, "-u", "-m", "bench")
-FOLDER = PROJECT / "tests" / "bench"
+COMMAND = (sys.executable, "-u", "-m", "tools.bench")
+FOLDER = PROJECT / "tests" / "tools" / "bench"
 PATH = "/usr/sbin"
 MISSING = [tool for tool in ("wrk", "nginx", "openssl") if not (shutil.which(tool) or shutil.which(tool, path=PATH))]
 needs_tools = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")

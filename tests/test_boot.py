@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from world.calls import ALL_KEYS, MODELS, caller, chat, message
-from world.gateway import BY_HAND, PROVIDER_DATA, SERVE, Gateway, listening, processes
-from world.vendors import KEYS, Vendors
+from support.calls import ALL_KEYS, MODELS, caller, chat, message
+from support.gateway import BY_HAND, PROVIDER_DATA, SERVE, Gateway, listening, processes
+from support.vendors import KEYS, Vendors
 
 CA_FOLDERS = [Path("/etc/ssl/certs"), Path("/etc/pki/ca-trust/extracted/pem/directory-hash")]
 NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9"}  # The discard port: no vendor can be reached.

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from world.callers import GOOD, Others, open_stream
-from world.calls import ALL_KEYS, CHAT, caller, chat
-from world.figures import Figure
-from world.gateway import Gateway, eventually, wait_for
-from world.vendors import Vendors
+from support.callers import GOOD, Others, open_stream
+from support.calls import ALL_KEYS, CHAT, caller, chat
+from support.figures import Figure
+from support.gateway import Gateway, eventually, wait_for
+from support.vendors import Vendors
 
 # Words for minutes, of which one comes every 0.3 s.
 LONG = "one two three four five six seven eight nine ten " * 500

@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from world.calls import (
+from support.calls import (
     ALL_KEYS,
     EMBEDDINGS,
     MODELS,
@@ -16,7 +16,7 @@ from world.calls import (
     streamed_text,
     vendor_of,
 )
-from world.vendors import VENDORS, Vendors
+from support.vendors import VENDORS, Vendors
 
 BOTH_FORMS = pytest.mark.parametrize("header", [lambda _: ALL_KEYS, one_key], ids=["all-keys", "one-key"])
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)

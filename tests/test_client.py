@@ -19,10 +19,10 @@ from typing import Self
 
 import pytest
 import trustme
-from world.calls import EMBEDDINGS, MODELS
-from world.gateway import PROJECT, PROVIDER_DATA, Gateway, clean_environ, free_port
-from world.services import Services
-from world.vendors import KEY_VARIABLES, KEYS, Vendors
+from support.calls import EMBEDDINGS, MODELS
+from support.gateway import PROJECT, PROVIDER_DATA, Gateway, clean_environ, free_port
+from support.services import Services
+from support.vendors import KEY_VARIABLES, KEYS, Vendors
 
 MAIN = PROJECT / "main.py"
 NO_ANSWER = "No gateway answers at "

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import httpx
-from world.calls import ALL_KEYS, MODELS, RUN_YAML, caller, chat, one_key
-from world.gateway import BY_HAND, PROJECT, PROVIDER_DATA, Gateway, family
-from world.vendors import KEYS, Vendors
+from support.calls import ALL_KEYS, MODELS, RUN_YAML, caller, chat, one_key
+from support.gateway import BY_HAND, PROJECT, PROVIDER_DATA, Gateway, family
+from support.vendors import KEYS, Vendors
 
 PERMITTED = {
     "/v1/models": {"GET"},

@@ -3,9 +3,9 @@
 import json
 import subprocess
 
-from world.calls import ALL_KEYS, EMBEDDINGS, HELLO, MODELS
-from world.gateway import PROVIDER_DATA, Gateway, clean_environ
-from world.vendors import Vendors, vector
+from support.calls import ALL_KEYS, EMBEDDINGS, HELLO, MODELS
+from support.gateway import PROVIDER_DATA, Gateway, clean_environ
+from support.vendors import Vendors, vector
 
 
 def curl(gateway: Gateway, *arguments: str) -> str:

@@ -19,10 +19,10 @@ import llama_stack
 import pytest
 import trustme
 import yaml
-from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, chat, vendor_of
-from world.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually, free_port
-from world.services import ISSUER, Services
-from world.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
+from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, chat, vendor_of
+from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually, free_port
+from support.services import ISSUER, Services
+from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
 USER, OPERATOR, SCEPTIC = "README.md", "deploy/README.md", "tests/README.md"
 DOCUMENTS = {name: (PROJECT / name).read_text() for name in (USER, OPERATOR, SCEPTIC)}
@@ -406,7 +406,7 @@ FIGURES = {
     "105 MB": ("Makefile", "$(call first,105)"),
     "17 MB": ("Makefile", "(17 MB)"),
     "5 minutes": ("Makefile", "about 5 minutes"),
-    "40 ms": ("tests/bench/results.md", "A vendor 40 ms away"),
+    "40 ms": ("tests/tools/bench/results.md", "A vendor 40 ms away"),
     "600 s": ("deploy/kubernetes/deployment.yaml", "600 s that the stock provider gives a vendor"),
     "20 MB": ("deploy/balancer.cfg", "gt 20000000 }"),
     "1 MB": ("deploy/balancer.cfg", "For 1 MB of wrong messages"),

@@ -15,10 +15,10 @@ import httpx
 import openai
 import psutil
 import pytest
-from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, message, one_by_one, streamed_text, vendor_of
-from world.gateway import HAPROXY, PROJECT, PROVIDER_DATA, SERVE, Gateway, clean_environ, eventually, free_port, listening
-from world.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
-from world.wire import NameServer, Wire
+from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, message, one_by_one, streamed_text, vendor_of
+from support.gateway import HAPROXY, PROJECT, PROVIDER_DATA, SERVE, Gateway, clean_environ, eventually, free_port, listening
+from support.network import NameServer, Wire
+from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
 pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
 

@@ -13,7 +13,7 @@ from typing import Self
 
 import psutil
 import pytest
-from world.gateway import HAPROXY, PROJECT, clean_environ, eventually, free_port
+from support.gateway import HAPROXY, PROJECT, clean_environ, eventually, free_port
 
 EGRESS = PROJECT / "deploy" / "egress"
 needs_haproxy = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from world.callers import GOOD, assert_clean
-from world.calls import ALL_KEYS, CHAT, caller, chat
-from world.gateway import PROVIDER_DATA, Gateway
+from support.callers import GOOD, assert_clean
+from support.calls import ALL_KEYS, CHAT, caller, chat
+from support.gateway import PROVIDER_DATA, Gateway
 
 SECRET = "sk-fake-openai-SECRET"
 NAMES = ["openai_authorization", "passthrough_api_key", "passthrough_url", "gemini_api_key", "__authenticated_user", "__x"]

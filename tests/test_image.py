@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from world.calls import ALL_KEYS, MODELS, chat, events
-from world.gateway import PROJECT, Gateway, free_port
-from world.image import commands, copied, environ, matches, stages, values
-from world.vendors import Vendors
+from support.calls import ALL_KEYS, MODELS, chat, events
+from support.gateway import PROJECT, Gateway, free_port
+from support.image import commands, copied, environ, matches, stages, values
+from support.vendors import Vendors
 
 # Some machines do not let podman set limits as high as it would by itself.
 LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from world.calls import (
+from support.calls import (
     ALL_KEYS,
     EMBEDDINGS,
     MALFORMED,
@@ -22,8 +22,8 @@ from world.calls import (
     one_key,
     vendor_of,
 )
-from world.gateway import PROVIDER_DATA, Gateway, processes, wait_for
-from world.vendors import KEYS, Vendors
+from support.gateway import PROVIDER_DATA, Gateway, processes, wait_for
+from support.vendors import KEYS, Vendors
 
 
 def keys_seen(vendors: Vendors) -> dict[str, set[str]]:

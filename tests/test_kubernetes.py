@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import yaml
-from world.gateway import HAPROXY, PROJECT, Gateway, clean_environ
-from world.image import environ, stages, values
-from world.vendors import VENDORS, Vendors
+from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ
+from support.image import environ, stages, values
+from support.vendors import VENDORS, Vendors
 
 DEPLOY = PROJECT / "deploy"
 MANIFESTS = sorted(file for file in (DEPLOY / "kubernetes").glob("*.yaml") if file.stem != "kustomization")

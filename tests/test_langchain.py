@@ -7,9 +7,9 @@ import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-from world.calls import EMBEDDINGS, MODELS, PIXEL, WEATHER_TOOL, Weather
-from world.ends import BothEnds
-from world.vendors import KEYS, vector
+from support.both_ends import BothEnds
+from support.calls import EMBEDDINGS, MODELS, PIXEL, WEATHER_TOOL, Weather
+from support.vendors import KEYS, vector
 
 
 def langchain(ends: BothEnds, settings: dict, model: str, **more: Any) -> ChatOpenAI:

@@ -8,10 +8,10 @@ import httpx
 import llama_stack_client
 import pytest
 from llama_stack_client import AsyncLlamaStackClient, LlamaStackClient
-from world.calls import ALL_KEYS, EMBEDDINGS, HELLO, MODELS, WEATHER_TOOL, caller, chat
-from world.ends import BothEnds
-from world.gateway import PROVIDER_DATA, Gateway
-from world.vendors import Vendors, vector
+from support.both_ends import BothEnds
+from support.calls import ALL_KEYS, EMBEDDINGS, HELLO, MODELS, WEATHER_TOOL, caller, chat
+from support.gateway import PROVIDER_DATA, Gateway
+from support.vendors import Vendors, vector
 
 
 @pytest.fixture

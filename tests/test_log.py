@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from world.calls import ALL_KEYS, MODELS, caller, chat
-from world.gateway import SERVE, Gateway, eventually
-from world.vendors import Vendors
+from support.calls import ALL_KEYS, MODELS, caller, chat
+from support.gateway import SERVE, Gateway, eventually
+from support.vendors import Vendors
 
 FORGED = '{"event": "203.0.113.9:1 - \\"POST /v1/forged HTTP/1.1\\" 200", "level": "info", "logger": "forged by sk-fake-forger"}'
 

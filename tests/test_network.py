@@ -16,10 +16,10 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from world.calls import ALL_KEYS, MODELS, caller, chat, events, message
-from world.gateway import Gateway, wait_for
-from world.services import ISSUER, Services
-from world.vendors import KEYS, Vendors
+from support.calls import ALL_KEYS, MODELS, caller, chat, events, message
+from support.gateway import Gateway, wait_for
+from support.services import ISSUER, Services
+from support.vendors import KEYS, Vendors
 
 # Not the usual loopback address, so that answering here shows that LLAMA_STACK_HOST was heard.
 HOST = "127.0.0.2"

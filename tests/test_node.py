@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from world.calls import ALL_KEYS
-from world.gateway import PROJECT, PROVIDER_DATA, Gateway, clean_environ
-from world.vendors import KEYS, STRUCTURED, VENDORS
+from support.calls import ALL_KEYS
+from support.gateway import PROJECT, PROVIDER_DATA, Gateway, clean_environ
+from support.vendors import KEYS, STRUCTURED, VENDORS
 
 SCRIPTS = PROJECT / "tests" / "node"
 INSTALL = (

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from world.calls import ALL_KEYS, MODELS, caller, chat, responses
-from world.gateway import SERVE, Gateway
-from world.listeners import Accepts
-from world.vendors import Vendors
+from support.bare_servers import Accepts
+from support.calls import ALL_KEYS, MODELS, caller, chat, responses
+from support.gateway import SERVE, Gateway
+from support.vendors import Vendors
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 import trustme
-from world.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, vendor_of
-from world.gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
-from world.services import ISSUER, Services
-from world.vendors import KEYS, Vendors
+from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, vendor_of
+from support.gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
+from support.services import ISSUER, Services
+from support.vendors import KEYS, Vendors
 
 # All that moving takes on the server's side: a name and the command in serve.sh, and a name in the callers' header.
 RENAMED = {

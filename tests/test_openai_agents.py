@@ -5,9 +5,9 @@ import asyncio
 import pytest
 from agents import Agent, OpenAIChatCompletionsModel, OpenAIResponsesModel, RunConfig, Runner, function_tool
 from openai import AsyncOpenAI
-from world.calls import MODELS
-from world.ends import BothEnds
-from world.vendors import KEYS
+from support.both_ends import BothEnds
+from support.calls import MODELS
+from support.vendors import KEYS
 
 # It would send traces of its own to OpenAI.
 QUIET = RunConfig(tracing_disabled=True)

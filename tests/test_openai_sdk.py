@@ -10,10 +10,10 @@ import json
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from world.calls import EMBEDDINGS, HELLO, MODELS, PIXEL, WEATHER_TOOL, Weather
-from world.ends import BothEnds
-from world.gateway import PROVIDER_DATA
-from world.vendors import KEYS, TOOL_CALL, VENDORS, vector
+from support.both_ends import BothEnds
+from support.calls import EMBEDDINGS, HELLO, MODELS, PIXEL, WEATHER_TOOL, Weather
+from support.gateway import PROVIDER_DATA
+from support.vendors import KEYS, TOOL_CALL, VENDORS, vector
 
 
 def test_lists_the_models(sdk: OpenAI) -> None:

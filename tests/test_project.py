@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from world.gateway import PROJECT, clean_environ, eventually, wait_for
+from support.gateway import PROJECT, clean_environ, eventually, wait_for
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
 

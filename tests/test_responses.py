@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from world.calls import (
+from support.both_ends import BothEnds
+from support.calls import (
     ALL_KEYS,
     MODELS,
     PIXEL,
@@ -22,9 +23,8 @@ from world.calls import (
     responses,
     vendor_of,
 )
-from world.ends import BothEnds
-from world.gateway import PROVIDER_DATA
-from world.vendors import KEYS, STRUCTURED, TOOL_CALL, TOOL_CALLS, Vendors, text_of
+from support.gateway import PROVIDER_DATA
+from support.vendors import KEYS, STRUCTURED, TOOL_CALL, TOOL_CALLS, Vendors, text_of
 
 # What the server adds to each call: it always streams from the vendor.
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}

@@ -13,9 +13,9 @@ import httpx
 import pytest
 import uvicorn
 from mcp.server.fastmcp import FastMCP
-from world.calls import ALL_KEYS, MODELS, PIXEL, WEATHER_FUNCTION, caller, chat, events, output_text, responses
-from world.gateway import PROVIDER_DATA, Gateway, eventually
-from world.vendors import KEYS, InBackground, Vendors
+from support.calls import ALL_KEYS, MODELS, PIXEL, WEATHER_FUNCTION, caller, chat, events, output_text, responses
+from support.gateway import PROVIDER_DATA, Gateway, eventually
+from support.vendors import KEYS, InBackground, Vendors
 
 
 class Listener:

@@ -13,10 +13,10 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from world.calls import ALL_KEYS, MODELS, WEATHER_FUNCTION, WRONG_KEY, Weather, events, responses
-from world.ends import BothEnds
-from world.gateway import PROVIDER_DATA, Gateway, eventually
-from world.vendors import KEYS, TOOL_CALLS, VENDORS, Vendors
+from support.both_ends import BothEnds
+from support.calls import ALL_KEYS, MODELS, WEATHER_FUNCTION, WRONG_KEY, Weather, events, responses
+from support.gateway import PROVIDER_DATA, Gateway, eventually
+from support.vendors import KEYS, TOOL_CALLS, VENDORS, Vendors
 
 # What reaches the vendor of a plain call.
 HELLO = {

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from world.callers import GOOD, Stream, assert_clean, open_stream
-from world.calls import ALL_KEYS, CHAT, caller
-from world.figures import Figure
-from world.gateway import Gateway, processes, wait_for
-from world.listeners import Accepts
-from world.vendors import Vendors
+from support.bare_servers import Accepts
+from support.callers import GOOD, Stream, assert_clean, open_stream
+from support.calls import ALL_KEYS, CHAT, caller
+from support.figures import Figure
+from support.gateway import Gateway, processes, wait_for
+from support.vendors import Vendors
 
 # Words for 6 s, of which one comes every 0.3 s.
 WORDS = "one two three four five six seven eight nine ten "

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from world.gateway import PROJECT, clean_environ
+from support.gateway import PROJECT, clean_environ
 
 SCRIPTS = sorted((PROJECT / "deploy").rglob("*.sh"))
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import Figure
-from world.calls import ALL_KEYS, MODELS, chat, message
-from world.gateway import PROJECT, SERVE, Gateway, clean_environ, free_port, one_cpu
-from world.vendors import Vendors
+from support.calls import ALL_KEYS, MODELS, chat, message
+from support.gateway import PROJECT, SERVE, Gateway, clean_environ, free_port, one_cpu
+from support.vendors import Vendors
 
 CHAT = "/v1/chat/completions"
 NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9"}  # The discard port, so that the start asks no vendor.

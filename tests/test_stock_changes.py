@@ -4,9 +4,9 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from world.calls import ALL_KEYS, HELLO, MODELS, PIXEL, WEATHER_TOOL
-from world.ends import BothEnds
-from world.vendors import REPORTED, TOOL_CALL, Vendors
+from support.both_ends import BothEnds
+from support.calls import ALL_KEYS, HELLO, MODELS, PIXEL, WEATHER_TOOL
+from support.vendors import REPORTED, TOOL_CALL, Vendors
 
 
 def test_an_error_has_the_vendors_words_but_not_its_fields(sdk: OpenAI) -> None:

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from world.calls import ALL_KEYS, MODELS, caller, chat
-from world.gateway import SERVE, Gateway, clean_environ, free_port
-from world.vendors import Vendors
+from support.calls import ALL_KEYS, MODELS, caller, chat
+from support.gateway import SERVE, Gateway, clean_environ, free_port
+from support.vendors import Vendors
 
 PREPARED = """
 CREATE TABLE inference_store (id VARCHAR PRIMARY KEY, created INTEGER, model VARCHAR, choices JSON, input_messages JSON,

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from world.gateway import PROJECT, clean_environ
+from support.gateway import PROJECT, clean_environ
 
 UNIT = PROJECT / "deploy/lls-openai.service"
 HOME = "/opt/lls-openai"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from world.calls import ALL_KEYS, MALFORMED, MODELS, SECRET, caller, chat
-from world.gateway import SERVE, Gateway, eventually
-from world.services import Services
-from world.vendors import KEYS, Vendors
+from support.calls import ALL_KEYS, MALFORMED, MODELS, SECRET, caller, chat
+from support.gateway import SERVE, Gateway, eventually
+from support.services import Services
+from support.vendors import KEYS, Vendors
 
 PROMPT = "a prompt that no collector sees"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from world.calls import ALL_KEYS, MODELS, caller, chat
-from world.gateway import clean_environ, eventually, free_port, listening
-from world.listeners import Accepts
-from world.terminal import Terminal
-from world.vendors import Vendors
+from support.bare_servers import Accepts
+from support.calls import ALL_KEYS, MODELS, caller, chat
+from support.gateway import clean_environ, eventually, free_port, listening
+from support.terminal import Terminal
+from support.vendors import Vendors
 
 CTRL_C = b"\x03"
 

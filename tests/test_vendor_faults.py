@@ -13,12 +13,12 @@ import httpx
 import pytest
 import trustme
 import yaml
-from world.callers import Others, assert_clean
-from world.calls import ALL_KEYS, CHAT, MODELS, RUN_YAML, arrivals, caller, chat, events, finished, message
-from world.figures import Figure
-from world.gateway import SERVE, Gateway, copy_project, free_port
-from world.listeners import Accepts
-from world.vendors import Vendors
+from support.bare_servers import Accepts
+from support.callers import Others, assert_clean
+from support.calls import ALL_KEYS, CHAT, MODELS, RUN_YAML, arrivals, caller, chat, events, finished, message
+from support.figures import Figure
+from support.gateway import SERVE, Gateway, copy_project, free_port
+from support.vendors import Vendors
 
 
 @pytest.fixture(scope="module")

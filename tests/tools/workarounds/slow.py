@@ -10,8 +10,8 @@ from pathlib import Path
 
 import certifi
 import httpx
-from world.calls import ALL_KEYS, WRONG_KEY
-from world.gateway import Gateway, one_cpu
+from support.calls import ALL_KEYS, WRONG_KEY
+from support.gateway import Gateway, one_cpu
 
 from . import Bench, Edit, Row, Skipped, ask, ask_many, patient
 

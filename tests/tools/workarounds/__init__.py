@@ -1,7 +1,7 @@
-"""What this project does about the stock server, undone one thing at a time: `make traps` (see `__main__.py`).
+"""What this project does about the stock server, undone one thing at a time: `make workarounds` (see `__main__.py`).
 
 Each trap is a function that starts the real server on a copy of the project with one thing changed, measures it, measures the
-same on the shipped files, and returns its row of the table that ends up in tests/traps.md.
+same on the shipped files, and returns its row of the table that ends up in tests/tools/workarounds/results.md.
 """
 
 import tempfile
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from world.calls import ALL_KEYS, MODELS, caller, chat
-from world.gateway import SERVE, Gateway, copy_project
-from world.vendors import Vendors
+from support.calls import ALL_KEYS, MODELS, caller, chat
+from support.gateway import SERVE, Gateway, copy_project
+from support.vendors import Vendors
 
 PROMPT = "word " * 800  # 4 KB
 

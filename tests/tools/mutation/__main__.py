@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
-from world.gateway import PROJECT
+from support.gateway import PROJECT
 
 from . import Mutant, mutants
 

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from world.table import table
+from support.table import table
 
 from . import peers
 from .load import Call, result, stream, wrk

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import psutil
-from world.gateway import PROJECT, PROVIDER_DATA, Gateway, free_port
-from world.services import ISSUER, Services
+from support.gateway import PROJECT, PROVIDER_DATA, Gateway, free_port
+from support.services import ISSUER, Services
 
 from .load import Call
 from .upstream import GOOD_KEY, WRONG_KEY, Upstream

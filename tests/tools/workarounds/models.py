@@ -2,7 +2,7 @@
 
 import re
 
-from world.calls import MODELS
+from support.calls import MODELS
 
 from . import Bench, Edit, Row, patient
 

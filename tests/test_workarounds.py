@@ -1,13 +1,13 @@
-"""The table of traps is the one that `make traps` wrote, and what it undoes is still there to be undone."""
+"""The table of traps is the one that `make workarounds` wrote, and what it undoes is still there to be undone."""
 
 import ast
 
 import pytest
-from world.gateway import PROJECT
+from support.gateway import PROJECT
 
 EDITS = [
     pytest.param(*(argument.value for argument in call.args), id=f"{file.stem}-{call.lineno}")
-    for file in sorted((PROJECT / "tests" / "traps").glob("*.py"))
+    for file in sorted((PROJECT / "tests" / "tools" / "workarounds").glob("*.py"))
     for call in ast.walk(ast.parse(file.read_text()))
     if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Edit"
     if all(isinstance(argument, ast.Constant) for argument in call.args)
@@ -22,9 +22,9 @@ def rows(text: str) -> list[list[str]]:
 
 def test_a_document_has_the_measured_table() -> None:
     texts = [path.read_text() for path in (PROJECT / "README.md", PROJECT / "tests" / "README.md") if path.exists()]
-    (text,) = [text for text in texts if "<!-- traps -->" in text]
-    table = text.partition("<!-- traps -->")[2].partition("<!-- /traps -->")[0]
-    assert rows(table) == rows((PROJECT / "tests" / "traps.md").read_text())
+    (text,) = [text for text in texts if "<!-- workarounds -->" in text]
+    table = text.partition("<!-- workarounds -->")[2].partition("<!-- /workarounds -->")[0]
+    assert rows(table) == rows((PROJECT / "tests" / "tools" / "workarounds" / "results.md").read_text())
 
 
 @pytest.mark.parametrize(("name", "old", "new"), EDITS)

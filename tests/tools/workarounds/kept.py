@@ -4,8 +4,8 @@ import contextlib
 import sqlite3
 import time
 
-from world.calls import ALL_KEYS, MALFORMED, MODELS, SECRET
-from world.gateway import BY_HAND, Gateway
+from support.calls import ALL_KEYS, MALFORMED, MODELS, SECRET
+from support.gateway import BY_HAND, Gateway
 
 from . import PROMPT, Bench, Edit, Row, ask_many, patient
 

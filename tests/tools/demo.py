@@ -6,8 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from world.gateway import PROJECT, Gateway, clean_environ
-from world.vendors import KEY_VARIABLES, Vendors
+from support.gateway import PROJECT, Gateway, clean_environ
+from support.vendors import KEY_VARIABLES, Vendors
 
 
 def main() -> int:

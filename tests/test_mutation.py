@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, mutants
-from world.gateway import PROJECT
+from support.gateway import PROJECT
+from tools.mutation import Mutant, mutants
 
 MUTANTS = mutants()
 

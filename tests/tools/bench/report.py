@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from world.table import table
+from support.table import table
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parent.parent.parent
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 CALLERS = (1, 8, 64)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from world.gateway import PROJECT
+from support.gateway import PROJECT
 
 from . import Bench, Row, Skipped, ask, patient
 

@@ -3,8 +3,8 @@
 import json
 
 import httpx
-from world.calls import ALL_KEYS
-from world.gateway import PROVIDER_DATA
+from support.calls import ALL_KEYS
+from support.gateway import PROVIDER_DATA
 
 from . import Bench, Row, ask, patient
 

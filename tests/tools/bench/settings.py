@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from world.gateway import PROJECT, SERVE
-from world.table import table
+from support.gateway import PROJECT, SERVE
+from support.table import table
 
 from . import peers
 from .load import result, wrk

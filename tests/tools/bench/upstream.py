@@ -31,7 +31,7 @@ import certifi
 import trustme
 from dnslib.server import BaseResolver, DNSLogger, DNSServer
 from dnslib.zoneresolver import ZoneResolver
-from world.gateway import free_port
+from support.gateway import free_port
 
 GOOD_KEY = "sk-fake-good"
 WRONG_KEY = "sk-fake-wrong"

@@ -1,7 +1,7 @@
-"""`make traps`: undo what this project does about the stock server, one thing at a time, and measure what happens then.
+"""`make workarounds`: undo what this project does about the stock server, one thing at a time, and measure what happens then.
 
-make traps                                 all of them, written to tests/traps.md
-make traps ONLY="kept_chats console_logs"  these two alone, which writes no file
+make workarounds                                 all of them, written to tests/tools/workarounds/results.md
+make workarounds ONLY="kept_chats console_logs"  these two alone, which writes no file
 """
 
 import importlib.metadata
@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from world.gateway import PROJECT
-from world.table import table
-from world.vendors import Vendors
+from support.gateway import PROJECT
+from support.table import table
+from support.vendors import Vendors
 
 from . import Bench, Row, Skipped, access, around, kept, models, packages, slow
 
-TABLE = PROJECT / "tests" / "traps.md"
+TABLE = PROJECT / "tests" / "tools" / "workarounds" / "results.md"
 
 TRAPS: list[Callable[[Bench], Row]] = [
     kept.kept_chats,
@@ -48,7 +48,7 @@ TRAPS: list[Callable[[Bench], Row]] = [
 def report(rows: list[Row]) -> str:
     """The rows as a Markdown table, under a line that says what was measured."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("llama-stack", "openai", "mcp", "httpx"))
-    measured = f"Measured by `make traps` on {os.cpu_count()} cores with {versions} and Python {platform.python_version()}."
+    measured = f"Measured by `make workarounds` on {os.cpu_count()} cores with {versions} and Python {platform.python_version()}."
     header = ("What the configuration does", "Without it", "Measured without", "Measured with")
     return f"{measured}\n\n{table(header, rows, text=4)}\n"
 

@@ -2,8 +2,8 @@
 
 import re
 
-from world.calls import MODELS, SECRET
-from world.gateway import PROJECT, Gateway, listening
+from support.calls import MODELS, SECRET
+from support.gateway import PROJECT, Gateway, listening
 
 from . import Bench, Edit, Row, ask, patient
 

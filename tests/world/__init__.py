@@ -1,1 +1,0 @@
-"""The world that the tests put around the gateway: vendors, a team's services, the wire between them, and callers."""
