@@ -27,7 +27,7 @@ client: $(UV)  ## run main.py with the keys of .env; PROMPT="..." and MODEL="pro
 
 demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together
 	$(call first,70)
-	@$(UV) run --group dev python tests/tools/demo.py
+	@PYTHONPATH=tests $(UV) run --group dev python -m tools.demo
 
 test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
 	$(call first,105)
