@@ -90,6 +90,7 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
             case Signal():
                 if not stopping:
                     stopping = True
+                    doors.turn_away()
                     gateway.signal("server", signal.SIGTERM)
                     output.say("The gateway stops when the calls in flight have ended. Ctrl-C ends it at once.")
             case Ended("server", exit_code):
@@ -102,6 +103,7 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
                 if not gateway.lives("HAProxy"):
                     break
                 # It closes its doors, and ends with the last call on a native path.
+                doors.hang_up()
                 gateway.signal("HAProxy", signal.SIGUSR1)
             case Ended("HAProxy") if stopping and not gateway.lives("server"):
                 break
