@@ -71,7 +71,7 @@ def test_streaming_call(client: httpx.Client, model: str, header) -> None:
 def test_streaming_call_with_usage(client: httpx.Client, model: str) -> None:
     body = chat(model, stream=True, stream_options={"include_usage": True})
     last = events(client.post("/v1/chat/completions", headers=ALL_KEYS, json=body))[-1]
-    assert last["choices"] == []
+    assert bool(last["choices"]) == model.startswith("gemini")  # Which has no chunk for the usage alone.
     assert last["usage"]["total_tokens"] > 0
 
 
