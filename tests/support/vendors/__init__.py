@@ -46,6 +46,7 @@ __all__ = [
     "TOOL_CALL",
     "TOOL_CALLS",
     "VENDORS",
+    "Answer",
     "InBackground",
     "Scripted",
     "Seen",
