@@ -1,6 +1,7 @@
 """The tables of docs/differences.md are true, and have all: each exchange of tests/exchanges takes place with the real gateway."""
 
 import ast
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,10 +18,22 @@ IDS = [f"{each.to}: {each.name}" for each in ALL]
 AROUND = [each for each in ALL if each.around]
 
 
-def rows() -> list[list[str]]:
-    """The rows of the tables of the page: what, what happens to it, the way around."""
-    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.splitlines() if line.startswith("| ")]
-    return [row for row in found if row[0] != "what"]
+def rows() -> dict[tuple[str, str], str]:
+    """The rows of the page's tables: by section and what it is about, the way around."""
+    found = {}
+    for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+        for line in re.findall(r"^\| (?!what)(.*) ?\|$", section, re.MULTILINE):
+            what, _, around = (cell.strip() for cell in line.split(" | "))
+            key = (section.partition("\n")[0], what)
+            assert key not in found, "A row is there twice."
+            found[key] = around
+    return found
+
+
+def key(exchange: Exchange) -> tuple[str, str]:
+    """The row of an exchange: in the section of its path, or in that of every call."""
+    own = {"embeddings": "Embeddings", "responses": "The Responses API"}.get(exchange.to, "Chat Completions")
+    return (own if (own, exchange.row) in rows() else "Every call", exchange.row)
 
 
 def passes() -> list[str]:
@@ -64,6 +77,29 @@ def test_the_way_around_works(client: httpx.Client, vendors: Vendors, exchange: 
     check(Run(detour, client, vendors, f"around-{ALL.index(exchange)}"), detour)
 
 
+REFUSED = [
+    each
+    for each in ALL
+    if each.translated and each.arrives == NOTHING and not each.send.get("stream") and each.row != "`background`"  # Has its own.
+]
+
+
+@pytest.mark.parametrize("exchange", REFUSED, ids=[each.name for each in REFUSED])
+def test_what_the_responses_api_refuses_it_refuses_in_a_stream_too(
+    client: httpx.Client, vendors: Vendors, exchange: Exchange
+) -> None:
+    """A stream that is refused late has begun, and says so in an event of its own, or as failed."""
+    streamed = dataclasses.replace(exchange, send=exchange.send | {"stream": True})
+    run = Run(streamed, client, vendors, f"refused-{ALL.index(exchange)}")
+    assert run.arrived == NOTHING
+    assert exchange.gets["words"] in run.answer.text
+    if run.answer.status_code == 200:
+        last = run.got[-1]
+        assert last.get("error") or last["response"]["error"], last
+    else:
+        assert run.answer.status_code == exchange.gets["status"]
+
+
 @pytest.mark.parametrize("exchange", ALL, ids=IDS)
 def test_what_is_changed_has_a_row(exchange: Exchange) -> None:
     changed = bool(exchange.arrives or exchange.gets)
@@ -74,14 +110,15 @@ def test_what_is_changed_has_a_row(exchange: Exchange) -> None:
 
 
 def test_each_row_has_an_exchange_and_each_exchange_its_row() -> None:
-    shown = {row[0] for row in rows()}
-    assert len(shown) == len(rows()), "A row is there twice."
-    assert shown == {each.row for each in ALL if each.row} | set(elsewhere()["rows"])
+    shown = {key(each) for each in ALL if each.row}
+    assert {row for row in rows() if row[1] not in elsewhere()["rows"]} == shown
+    assert set(elsewhere()["rows"]) <= {what for _, what in rows()}
 
 
 def test_each_way_around_is_proven() -> None:
-    told = {row[0] for row in rows() if row[2]}
-    assert told == {each.row for each in AROUND} | set(elsewhere()["around"])
+    told = {row for row, around in rows().items() if around}
+    assert {row for row in told if row[1] not in elsewhere()["around"]} == {key(each) for each in AROUND}
+    assert set(elsewhere()["around"]) <= {what for _, what in told}
 
 
 def test_what_is_said_to_pass_is_what_was_seen_to() -> None:

@@ -177,6 +177,8 @@ class Script:
         yield from self.answer.get("events", [])
         for choice in self.answer.get("choices", []):
             chunk = head | {"choices": [{"index": 0} | {name: value for name, value in choice.items() if name != "more"}]}
+            if times := self.answer.get("times"):
+                chunk["choices"][0]["delta"] = {"content": choice["delta"]["content"] * times}
             yield {name: value for name, value in (chunk | choice.get("more", {})).items() if value != GONE}
         if not {"events", "choices"} & set(self.answer):
             yield from ordinary
