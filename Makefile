@@ -11,6 +11,10 @@ export PROMPT MODEL
 # What a target needs is fetched when it first runs.
 first = @[ -d .venv ] || echo "The first run fetches packages ($1 MB), which may take a minute. Later ones need no internet." >&2
 
+# The packages that the server and the client need. uv shows its progress only when there is something to fetch.
+sync = { $(UV) sync --inexact $(if $(wildcard .venv),--quiet) || { echo "The packages could not be fetched. Behind a proxy that \
+  inspects TLS, name its CA in SSL_CERT_FILE." >&2; exit 1; }; }
+
 .PHONY: help server client demo test image rolling libraries faults workarounds mutants bench profile
 
 help:  ## list the targets
@@ -18,8 +22,9 @@ help:  ## list the targets
 	  printf '%-14s %s\n' "$$target" "$$what"; done
 
 server: $(UV)  ## start the gateway on http://localhost:8321, no key needed
+	$(if $(filter command%,$(origin PORT)),$(error PORT is not a setting. To choose the port, type: make server LLAMA_STACK_PORT=$(value PORT)))
 	$(call first,35)
-	@$(UV) sync --quiet --inexact && PATH="$${UV_PROJECT_ENVIRONMENT:-$(CURDIR)/.venv}/bin:$$PATH" EGRESS="$(EGRESS)" exec deploy/serve.sh
+	@$(sync) && exec "$${UV_PROJECT_ENVIRONMENT:-.venv}/bin/python" -I deploy/start
 
 client: $(UV)  ## run main.py with the keys of .env; PROMPT="..." and MODEL="provider/model ..." are passed on
 	$(call first,35)

@@ -18,7 +18,7 @@ import pytest
 import trustme
 import yaml
 from support.calls import ALL_KEYS, MODELS, caller, chat, one_by_one, one_key
-from support.gateway import HAPROXY, PROJECT, SERVE, Gateway, clean_environ, eventually, free_port, listening, wait_for
+from support.gateway import HAPROXY, PROJECT, START, Gateway, clean_environ, eventually, free_port, listening, wait_for
 from support.load import Load
 from support.vendors import InBackground, Vendors
 
@@ -112,7 +112,7 @@ def gateways(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iter
     if not HAPROXY:
         pytest.skip("HAProxy is not installed (Debian: apt-get install haproxy)")
     folder = tmp_path_factory.mktemp("replicas")
-    pair = {name: Gateway(folder / name, command=SERVE, **vendors.environ()) for name in "ab"}
+    pair = {name: Gateway(folder / name, command=START, **vendors.environ()) for name in "ab"}
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         for gateway in pair.values():
             stack.callback(gateway.stop)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import yaml
 from support.calls import ALL_KEYS, MODELS, caller, chat, message
-from support.gateway import BY_HAND, PROVIDER_DATA, SERVE, Gateway, listening, processes
+from support.gateway import BY_HAND, PROVIDER_DATA, START, Gateway, listening, processes
 from support.vendors import KEYS, Vendors
 
 CA_FOLDERS = [Path("/etc/ssl/certs"), Path("/etc/pki/ca-trust/extracted/pem/directory-hash")]
@@ -44,7 +44,7 @@ def test_every_boot_reflects_run_yaml_alone(project: Path, tmp_path: Path, vendo
     """Scripts of the user's in the same folder are not taken for modules of the same name."""
     for name in ("openai.py", "code.py"):
         (project / name).write_text("not a module of the server's")
-    settings = {"home": tmp_path / "home", "command": SERVE, "cwd": project} | vendors.environ()
+    settings = {"home": tmp_path / "home", "command": START, "cwd": project} | vendors.environ()
     with Gateway(**settings) as gateway:
         assert list(models(gateway)) == MODELS
 
@@ -112,11 +112,11 @@ def test_the_settings_are_respected(vendors: Vendors, tmp_path: Path) -> None:
 def test_the_users_own_certificates_stay(tmp_path: Path) -> None:
     own = tmp_path / "no-certificates"
     own.mkdir()
-    assert Gateway(tmp_path, SERVE, EGRESS="0", SSL_CERT_DIR=str(own)).environ_at_start()["SSL_CERT_DIR"] == str(own)
+    assert Gateway(tmp_path, START, EGRESS="0", SSL_CERT_DIR=str(own)).environ_at_start()["SSL_CERT_DIR"] == str(own)
 
 
 def test_stops_at_once_when_idle_and_tells_so(vendors: Vendors, tmp_path: Path) -> None:
-    gateway = Gateway(tmp_path, SERVE, **vendors.environ()).start()
+    gateway = Gateway(tmp_path, START, **vendors.environ()).start()
     assert gateway.stop(60) in (0, -15, 143)
     assert not gateway.answers()
     assert processes(gateway.process.pid) == []
@@ -132,7 +132,7 @@ def test_works_for_a_second_gateway_with_the_same_store(gateway: Gateway, vendor
 def test_streams_in_flight_finish_when_it_is_told_to_stop(vendors: Vendors, tmp_path: Path, workers: str) -> None:
     body = chat("openai/slow", stream=True)
     with (
-        Gateway(tmp_path, SERVE, LLAMA_STACK_WORKERS=workers, **vendors.environ()) as gateway,
+        Gateway(tmp_path, START, LLAMA_STACK_WORKERS=workers, **vendors.environ()) as gateway,
         caller(gateway.url) as client,
         client.stream("POST", "/v1/chat/completions", headers=ALL_KEYS, json=body) as stream,
     ):

@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, message, one_by_one, streamed_text, vendor_of
-from support.gateway import HAPROXY, PROJECT, PROVIDER_DATA, SERVE, Gateway, clean_environ, eventually, free_port, listening
+from support.gateway import HAPROXY, PROJECT, PROVIDER_DATA, START, Gateway, clean_environ, eventually, free_port, listening
 from support.network import NameServer, Wire
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
@@ -145,7 +145,7 @@ def test_every_model_answers_through_it(client: httpx.Client, server: Gateway, v
 def beside(server: Gateway, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A caller of a gateway that is led to the proxy by its settings alone, as in a pod, and past it to the stand-ins."""
     through = {"OPENAI_PASSTHROUGH_URL": f"http://127.0.0.1:{server.settings['EGRESS_PORT']}/openai", "EGRESS": "0"}
-    gateway = Gateway(tmp_path_factory.mktemp("beside"), SERVE, **vendors.environ(), **through)
+    gateway = Gateway(tmp_path_factory.mktemp("beside"), START, **vendors.environ(), **through)
     with gateway, caller(gateway.url, timeout=60) as client:
         yield client
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.calls import ALL_KEYS, MODELS, caller, chat
-from support.gateway import SERVE, Gateway, eventually
+from support.gateway import START, Gateway, eventually
 from support.vendors import Vendors
 
 FORGED = '{"event": "203.0.113.9:1 - \\"POST /v1/forged HTTP/1.1\\" 200", "level": "info", "logger": "forged by sk-fake-forger"}'
@@ -16,7 +16,7 @@ FORGED = '{"event": "203.0.113.9:1 - \\"POST /v1/forged HTTP/1.1\\" 200", "level
 @pytest.fixture(scope="module", params=["1", "2"], ids=["1 worker", "2 workers"])
 def gateway(request: pytest.FixtureRequest, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     home = tmp_path_factory.mktemp("log")
-    with Gateway(home, SERVE, LLAMA_STACK_WORKERS=request.param, **vendors.environ()) as gateway:
+    with Gateway(home, START, LLAMA_STACK_WORKERS=request.param, **vendors.environ()) as gateway:
         yield gateway
 
 
@@ -88,7 +88,7 @@ def test_its_first_lines_say_that_it_starts_and_where_it_answers(gateway: Gatewa
 
 def test_a_refused_token_is_told_from_a_vendors_401(vendors: Vendors, tmp_path: Path) -> None:
     """The stock server's log does not say what was wrong with the token."""
-    with Gateway(tmp_path, SERVE, AUTH_JWKS_URI="http://127.0.0.1:9/jwks", **vendors.environ()) as gateway:
+    with Gateway(tmp_path, START, AUTH_JWKS_URI="http://127.0.0.1:9/jwks", **vendors.environ()) as gateway:
         assert "Nothing answers at http://127.0.0.1:9/jwks" in gateway.log
         with caller(gateway.url) as client:
             assert client.get("/v1/models", headers={"Authorization": "Bearer sk-fake-token"}).status_code == 401

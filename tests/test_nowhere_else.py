@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.bare_servers import Accepts
 from support.calls import ALL_KEYS, MODELS, caller, chat, responses
-from support.gateway import SERVE, Gateway
+from support.gateway import START, Gateway
 from support.vendors import Vendors
 
 
@@ -15,7 +15,7 @@ def test_nobody_is_called_by_plain_http(vendors: Vendors, tmp_path: Path, name: 
     vendors.strangers.clear()
     with Accepts() as proxy:
         settings = {name: f"http://127.0.0.1:{proxy.port}"}
-        with Gateway(tmp_path, SERVE, **settings, **vendors.environ()) as gateway, caller(gateway.url, timeout=60) as client:
+        with Gateway(tmp_path, START, **settings, **vendors.environ()) as gateway, caller(gateway.url, timeout=60) as client:
             for stream in (False, True):
                 assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0], stream=stream)).is_success
                 assert client.post("/v1/responses", headers=ALL_KEYS, json=responses(MODELS[0], stream=stream)).is_success
@@ -33,7 +33,7 @@ def test_what_the_operator_names_is_reached_past_the_closed_door_and_nothing_bes
         "NO_PROXY": "mcp.example.com",
         "EGRESS": "0",
     }
-    environ = Gateway(tmp_path, SERVE, **settings).environ_at_start()
+    environ = Gateway(tmp_path, START, **settings).environ_at_start()
     assert environ["ALL_PROXY"] == "http://127.0.0.1:9"
     assert not {"HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy", "no_proxy"} & set(environ)
     assert set(environ["NO_PROXY"].split(",")) == {
@@ -49,7 +49,7 @@ def test_what_the_operator_names_is_reached_past_the_closed_door_and_nothing_bes
 
 def test_an_operators_proxy_decides_about_https_and_plain_http_stays_closed(vendors: Vendors, tmp_path: Path) -> None:
     settings = {"OPENAI_PASSTHROUGH_URL": "http://127.0.0.1:9101"} | vendors.environ()
-    environ = Gateway(tmp_path, SERVE, **settings).environ_at_start()
+    environ = Gateway(tmp_path, START, **settings).environ_at_start()
     assert environ["HTTPS_PROXY"] == vendors.environ()["HTTPS_PROXY"]
     assert environ["ALL_PROXY"] == "http://127.0.0.1:9"
     assert environ["NO_PROXY"] == "http://127.0.0.1:9101"

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import trustme
 from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, vendor_of
-from support.gateway import PROVIDER_DATA, SERVE, Gateway, copy_project
+from support.gateway import PROVIDER_DATA, START, Gateway, copy_project
 from support.services import ISSUER, Services
 from support.vendors import KEYS, Vendors
 
@@ -67,7 +67,7 @@ def gateway(ogx: Path, vendors: Vendors, services: Services) -> Iterator[Gateway
     tls = {f"LLAMA_STACK_TLS_{half}FILE": str(ogx / "tls.pem") for half in ("CERT", "KEY")}
     settings = tls | {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER, "LLAMA_STACK_CORS_ORIGIN": PAGE}
     settings |= {"PATH": path(ogx), "SQLITE_STORE_DIR": str(ogx / "store")}
-    gateway = Gateway(ogx / "home", SERVE, ogx, **settings, **vendors.environ())
+    gateway = Gateway(ogx / "home", START, ogx, **settings, **vendors.environ())
     gateway.trust = ssl.create_default_context()
     authority.configure_trust(gateway.trust)
     with gateway:
@@ -133,6 +133,6 @@ def test_keeps_nothing_and_refuses_the_same_routes(client: httpx.Client, gateway
 def test_asks_for_tls_and_takes_over_the_home_of_llama_stack(ogx: Path, vendors: Vendors, tmp_path: Path) -> None:
     """Without a certificate it wants to be told `--insecure`. It moves ~/.llama, so the store has to be elsewhere."""
     with pytest.raises(RuntimeError, match="TLS required: set tls_certfile/tls_keyfile"):
-        Gateway(tmp_path, SERVE, ogx, PATH=path(ogx), **vendors.environ()).start()
+        Gateway(tmp_path, START, ogx, PATH=path(ogx), **vendors.environ()).start()
     assert not (tmp_path / ".llama").exists()
     assert (tmp_path / ".ogx/distributions/lls-openai/keeps-nothing.db").exists()

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from conftest import Figure
 from support.calls import ALL_KEYS, MODELS, chat, message
-from support.gateway import PROJECT, SERVE, Gateway, clean_environ, free_port, one_cpu
+from support.gateway import PROJECT, START, Gateway, clean_environ, free_port, one_cpu
 from support.vendors import Vendors
 
 CHAT = "/v1/chat/completions"
@@ -192,7 +192,7 @@ def test_a_broken_run_yaml_is_a_sentence_with_workers_too(
 @pytest.mark.slow
 def test_workers_that_are_short_of_cpu_come_up(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
     """uvicorn replaces a worker that does not answer for 5 s, also while it starts."""
-    gateway = Gateway(tmp_path, SERVE, LLAMA_STACK_WORKERS="8", **vendors.environ())
+    gateway = Gateway(tmp_path, START, LLAMA_STACK_WORKERS="8", **vendors.environ())
     with one_cpu():
         up, replaced, seconds = gateway.start_workers(200)
     assert (up, replaced) == (8, 0)

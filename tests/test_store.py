@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.calls import ALL_KEYS, MODELS, caller, chat
-from support.gateway import SERVE, Gateway, clean_environ, free_port
+from support.gateway import START, Gateway, clean_environ, free_port
 from support.vendors import Vendors
 
 PREPARED = """
@@ -48,7 +48,7 @@ def test_what_is_in_its_place_is_replaced(vendors: Vendors, tmp_path: Path, prep
     store.mkdir(mode=0o700)
     with sqlite3.connect(store / "keeps-nothing.db") as database:
         database.executescript(f"PRAGMA journal_mode=WAL; {prepared}")
-    with Gateway(tmp_path, SERVE, SQLITE_STORE_DIR=str(store), **vendors.environ()) as gateway:
+    with Gateway(tmp_path, START, SQLITE_STORE_DIR=str(store), **vendors.environ()) as gateway:
         call_everything(gateway)
         with caller(gateway.url) as client:
             assert "keep this" not in client.get("/v1/chat/completions").text
@@ -60,7 +60,7 @@ def test_what_is_in_its_place_is_replaced(vendors: Vendors, tmp_path: Path, prep
 
 def test_no_table_is_without_its_trigger(vendors: Vendors, tmp_path: Path) -> None:
     """A table that the server makes by itself, because the file lacks it, would keep what it is sent."""
-    with Gateway(tmp_path, SERVE, **vendors.environ()) as gateway:
+    with Gateway(tmp_path, START, **vendors.environ()) as gateway:
         call_everything(gateway)
         (file,) = tmp_path.rglob("keeps-nothing.db")
         with sqlite3.connect(file) as database:
@@ -91,7 +91,7 @@ def refused(store: Path, home: Path) -> None:
     """See that the start ends with a sentence, and leaves the folder as it was."""
     environ = clean_environ(home, LLAMA_STACK_PORT=str(free_port()), SQLITE_STORE_DIR=str(store), EGRESS="0")
     done = subprocess.run(
-        SERVE, env=environ, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120, check=False
+        START, env=environ, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2
     assert (

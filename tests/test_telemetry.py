@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.calls import ALL_KEYS, MALFORMED, MODELS, SECRET, caller, chat
-from support.gateway import SERVE, Gateway, eventually
+from support.gateway import START, Gateway, eventually
 from support.services import Services
 from support.vendors import KEYS, Vendors
 
@@ -22,7 +22,7 @@ def gateway(vendors: Vendors, services: Services, tmp_path_factory: pytest.TempP
         "OTEL_BSP_SCHEDULE_DELAY": "500",
         "OTEL_BLRP_SCHEDULE_DELAY": "500",
     }
-    with Gateway(tmp_path_factory.mktemp("telemetry"), SERVE, **settings, **vendors.environ()) as gateway:
+    with Gateway(tmp_path_factory.mktemp("telemetry"), START, **settings, **vendors.environ()) as gateway:
         yield gateway
 
 
@@ -80,7 +80,7 @@ def test_model_names_that_callers_make_up_do_not_stop_the_export(client: httpx.C
 
 def test_a_collector_that_is_down_is_told_once_and_stops_no_call(vendors: Vendors, tmp_path: Path) -> None:
     settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_METRIC_EXPORT_INTERVAL": "500"}
-    with Gateway(tmp_path, SERVE, **settings, **vendors.environ()) as gateway, caller(gateway.url) as client:
+    with Gateway(tmp_path, START, **settings, **vendors.environ()) as gateway, caller(gateway.url) as client:
         for _ in range(5):
             assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
     assert gateway.log.count("Nothing answers at http://localhost:9.") == 1

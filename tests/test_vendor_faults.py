@@ -17,7 +17,7 @@ from support.bare_servers import Accepts
 from support.callers import Others, assert_clean
 from support.calls import ALL_KEYS, CHAT, MODELS, RUN_YAML, arrivals, caller, chat, events, finished, message
 from support.figures import Figure
-from support.gateway import SERVE, Gateway, copy_project, free_port
+from support.gateway import START, Gateway, copy_project, free_port
 from support.vendors import Vendors
 
 
@@ -45,7 +45,7 @@ def unreachable(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> I
         providers = RUN_YAML["providers"] | {"inference": RUN_YAML["providers"]["inference"] + more}
         (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}))
         environ = vendors.environ() | {"NO_PROXY": "127.0.0.1,.invalid"}
-        with Gateway(folder / "home", SERVE, folder, **environ) as gateway:
+        with Gateway(folder / "home", START, folder, **environ) as gateway:
             yield gateway
 
 

@@ -21,7 +21,7 @@ PROJECT = Path(__file__).parent.parent.parent
 PROVIDER_DATA = "X-LlamaStack-Provider-Data"
 
 # The two commands under `make server`, and under nothing.
-SERVE = ("deploy/serve.sh",)
+START = (sys.executable, "-I", "deploy/start")
 BY_HAND = ("llama", "stack", "run", "run.yaml")
 
 # Debian keeps it where only root looks.
@@ -244,12 +244,8 @@ def listening(port: int) -> list[str]:
 
 def copy_project(folder: Path) -> Path:
     """Copy what a server needs into `folder`, for those who change run.yaml. Returns `folder`."""
-    (folder / "deploy").mkdir(parents=True)
-    for file in [
-        PROJECT / "run.yaml",
-        *(file for kind in ("sh", "sql", "sed") for file in (PROJECT / "deploy").glob(f"*.{kind}")),
-    ]:
-        shutil.copy(file, folder / file.relative_to(PROJECT))
+    shutil.copytree(PROJECT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__", "kubernetes"))
+    shutil.copy(PROJECT / "run.yaml", folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.gateway import PROJECT, SERVE
+from support.gateway import PROJECT, START
 from support.table import table
 
 from . import peers
@@ -80,7 +80,7 @@ def gateway(setting: Setting, up: Upstream, home: Path) -> peers.Server:
     store = Path(tempfile.mkdtemp(dir=setting.variables.get("SQLITE_STORE_DIR", home)))
     return peers.Server(
         home,
-        SERVE,
+        START,
         cwd=project,
         PATH=f"{shim}:{python / 'bin'}:/usr/local/bin:/usr/bin:/bin",
         EGRESS="0",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import httpx
 from support.calls import ALL_KEYS, MODELS, caller, chat
-from support.gateway import SERVE, Gateway, copy_project
+from support.gateway import START, Gateway, copy_project
 from support.vendors import Vendors
 
 PROMPT = "word " * 800  # 4 KB
@@ -51,7 +51,7 @@ class Bench:
 
     def __init__(self, vendors: Vendors, folder: Path) -> None:
         self.vendors, self.folder = vendors, folder
-        self.shipped = Gateway(folder / "shipped", SERVE, **vendors.environ(), **OF_THE_SERVER)
+        self.shipped = Gateway(folder / "shipped", START, **vendors.environ(), **OF_THE_SERVER)
 
     def project(self, *edits: Edit) -> Path:
         """A copy of the files that a server needs, with `edits` made. Raises ValueError if there is nothing to undo."""
@@ -63,7 +63,7 @@ class Bench:
             (copy / name).write_text(text.replace(old, new))
         return copy
 
-    def gateway(self, *edits: Edit, command: tuple[str, ...] = SERVE, **settings: str) -> Gateway:
+    def gateway(self, *edits: Edit, command: tuple[str, ...] = START, **settings: str) -> Gateway:
         """A gateway, not yet started, of the project with `edits` made and `settings` in its environment."""
         copy = self.project(*edits)
         return Gateway(copy.parent / "home", command, copy, **self.vendors.environ() | OF_THE_SERVER | settings)

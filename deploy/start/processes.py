@@ -1,0 +1,123 @@
+"""The processes of a gateway: a server, perhaps HAProxy, and a watchdog. There are all of them or none, whatever ends first.
+
+All are in one process group, which is not the terminal's: Ctrl-C reaches the start alone. The watchdog kills the group when the
+start is gone, in whatever way, because its standard input is a pipe whose other end only the start has. When any other of them
+ends, the start kills the group.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# `cat` ends with the pipe. Signals for the group are not for it: SIGKILL alone ends it, and then the others are killed too.
+WATCHDOG = "trap '' INT TERM HUP QUIT; cat > /dev/null; kill -KILL 0"
+
+# A line of a log is read up to here. What is beyond is dropped: a traceback may quote a caller's megabytes in one line.
+LONGEST_LINE = 65_536
+
+
+class Signal(NamedTuple):
+    """The start was sent a signal."""
+
+    number: int
+
+
+class Ended(NamedTuple):
+    """A process has ended, with this exit code: negative for a signal."""
+
+    name: str
+    code: int
+
+
+class Gateway:
+    """The processes of one gateway. `events` has what happens to them and to the start, in order."""
+
+    def __init__(self, held: Sequence[int]) -> None:
+        """`held` are descriptors that the watchdog keeps open as long as anything of the gateway lives."""
+        self.events: queue.SimpleQueue[Signal | Ended | str] = queue.SimpleQueue()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.readers: list[threading.Thread] = []
+        reading, self.lifeline = os.pipe()
+        self.group = 0
+        self.group = self.spawn("watchdog", ["/bin/sh", "-c", WATCHDOG], {}, held, stdin=reading)
+        os.close(reading)
+
+    def spawn(
+        self,
+        name: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        descriptors: Sequence[int] = (),
+        *,
+        cwd: Path | None = None,
+        take: Callable[[str], None] | None = None,
+        stdin: int = subprocess.DEVNULL,
+    ) -> int:
+        """Start a process of the group. Its output goes to `take`, line by line, or nowhere. Returns its process id."""
+        output = subprocess.PIPE if take else subprocess.DEVNULL
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            cwd=cwd,
+            stdin=stdin,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=descriptors,
+            process_group=self.group,
+        )
+        self.processes[name] = process
+        if take:
+            reader = threading.Thread(target=read_lines, args=(process, take), daemon=True)
+            reader.start()
+            self.readers.append(reader)
+        return process.pid
+
+    def watch(self, *signals: int) -> None:
+        """From now on `events` has these signals, and the end of each process."""
+        for number in signals:
+            signal.signal(number, lambda number, _: self.events.put(Signal(number)))
+        threading.Thread(target=self.reap, daemon=True).start()
+
+    def reap(self) -> None:
+        """Wait for whatever ends: as the first process of a container the start has to, also for those that it does not know."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, 0)
+                for name, process in self.processes.items():
+                    if process.pid == pid:
+                        process.returncode = os.waitstatus_to_exitcode(status)
+                        self.events.put(Ended(name, process.returncode))
+
+    def lives(self, name: str) -> bool:
+        """Whether a process was started and has not ended."""
+        return name in self.processes and self.processes[name].returncode is None
+
+    def signal(self, name: str, number: int) -> None:
+        """Send one process a signal, if it still lives."""
+        if self.lives(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[name].pid, number)
+
+    def kill(self) -> None:
+        """End all that is left, at once, and wait until all that they said is read."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only the dead are left.
+            os.killpg(self.group, signal.SIGKILL)
+        for reader in self.readers:
+            reader.join(2)
+
+
+def read_lines(process: subprocess.Popen[bytes], take: Callable[[str], None]) -> None:
+    """Hand over what a process says until it ends, so that it never waits for a reader."""
+    assert process.stdout
+    with process.stdout as stdout:
+        while line := stdout.readline(LONGEST_LINE):
+            whole = line.endswith(b"\n")
+            take(line.decode(errors="replace").rstrip("\n"))
+            while not whole and (rest := stdout.readline(LONGEST_LINE)):
+                whole = rest.endswith(b"\n")
