@@ -1,20 +1,17 @@
 """What the Responses API cannot do here, as far as test_exchanges.py does not show it; and that nothing of it is kept."""
 
-import contextlib
 import itertools
 import json
-import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
 from support.calls import ALL_KEYS, MODELS, WEATHER_FUNCTION, WRONG_KEY, events, responses
-from support.gateway import PROVIDER_DATA, Gateway, eventually
+from support.gateway import PROVIDER_DATA, Gateway, eventually, in_memory
 from support.vendors import KEYS, Vendors
 
 NO_CONVERSATION = f"conv_{'a' * 48}"
@@ -139,20 +136,6 @@ def test_memory_does_not_grow_with_responses(client: httpx.Client, gateway: Gate
     before = gateway.resident()
     send(20)
     assert gateway.resident() - before < 20_000_000
-
-
-def in_memory(pid: int, pattern: bytes) -> set[bytes]:
-    """What a process has of `pattern` in the memory that it may write to. Source: proc(5), maps and mem."""
-    found: set[bytes] = set()
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, rights = line.split()[:2]
-            if rights.startswith("rw"):
-                start, end = (int(address, 16) for address in span.split("-"))
-                with contextlib.suppress(OSError):
-                    memory.seek(start)
-                    found |= set(re.findall(pattern, memory.read(end - start)))
-    return found
 
 
 @pytest.mark.parametrize("options", [{"stream": True}, {"background": True}], ids=["stream", "background"])

@@ -205,12 +205,14 @@ class Script:
 class Run:
     """An exchange that took place: what was sent, arrived, was told and came back."""
 
-    def __init__(self, exchange: Exchange, client: httpx.Client, vendors: Vendors, model: str) -> None:
+    def __init__(
+        self, exchange: Exchange, client: httpx.Client, vendors: Vendors, model: str, headers: dict[str, str] = ALL_KEYS
+    ) -> None:
         self.exchange, self.script, self.model = exchange, Script(exchange), model
         vendors.scripted[model] = self.script.scripted
         before = len(vendors.seen)
         body = {"model": f"{exchange.provider}/{model}"} | exchange.body
-        self.answer = client.post(f"/v1/{exchange.to}", headers=ALL_KEYS, json=body)
+        self.answer = client.post(f"/v1/{exchange.to}", headers=headers, json=body)
         self.calls = [seen for seen in list(vendors.seen)[before:] if seen.json["model"] == model]
         self.arrived = {name: value for name, value in self.calls[-1].json.items() if name != "model"} if self.calls else NOTHING
 
@@ -223,6 +225,24 @@ class Run:
         """What the caller got: an object, or those of a stream. The model is called `exchange` in it, whatever its number."""
         got = events(self.answer) if self.streamed else self.answer.json()
         return json.loads(json.dumps(got).replace(self.model, "exchange"))
+
+    def differs(self) -> dict[str, Any]:
+        """What was not as the exchange tells: `arrived` at the vendor, or `got` by the caller."""
+        told = self.exchange
+        if told.translated:
+            wanted = NOTHING if told.arrives == NOTHING else STREAMED | (told.arrives or {"messages": HI})
+            arrived, as_arrived = changes(wanted, self.arrived), same(wanted, self.arrived)
+            got, as_got = f"{self.answer.status_code} {self.answer.text}", self.came_back(told.gets)
+        else:
+            arrived = changes(told.whole, self.arrived) if told.whole else self.changed_on_the_way_there()
+            as_arrived = same(arrived, {} if told.whole else told.arrives or {})
+            got = self.changed_on_the_way_back()
+            as_got = (
+                got.get("status") == told.gets["status"] if "status" in told.gets else same(told.gets, shortened(told.gets, got))
+            )
+            as_got = as_got and told.gets.get("words", "") in got.get("words", "")
+        found = {} if as_arrived else {"arrived": arrived or "unchanged"}
+        return found if as_got else found | {"got": got or "unchanged"}
 
     # Of what is passed on: chat and embeddings.
 
