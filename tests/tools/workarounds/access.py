@@ -68,7 +68,7 @@ def server_organization(bench: Bench) -> Row:
 
 def keyless_calls(bench: Bench) -> Row:
     """A call without a key whose messages are all wrong, and a good one a tenth of a second later."""
-    messages = 20_000
+    messages = 100_000
 
     def measure(gateway: Gateway) -> str:
         with patient(gateway) as client, ThreadPoolExecutor(1) as other:
@@ -82,7 +82,7 @@ def keyless_calls(bench: Bench) -> Row:
     return at_the_front(
         bench,
         "the front: no call without a key",
-        f"the server lists each error of a call before it asks for a key ({messages:,} wrong messages, 40 KB)",
+        f"the server lists each error of a call before it asks for a key ({messages:,} wrong messages, 300 KB)",
         measure,
     )
 
