@@ -79,8 +79,22 @@ class Doors:
 
     def admit(self) -> None:
         """Let the front send calls to the server, which has its port by now."""
+        self.tell("enable server gateways/a")
+
+    def turn_away(self) -> None:
+        """Let the front answer new calls itself, with a sentence."""
+        self.tell("set server gateways/a state drain")
+
+    def tell(self, command: str) -> None:
+        """Send HAProxy a command."""
         if self.control:
-            self.control.sendall(b"enable server gateways/a\n")
+            with contextlib.suppress(OSError):  # It has ended, which is told elsewhere.
+                self.control.sendall(f"{command}\n".encode())
+
+    def hang_up(self) -> None:
+        """End our connection to HAProxy, for which it would wait before it ends."""
+        if self.control:
+            self.control.close()
 
     def close(self) -> None:
         """Leave the front to HAProxy alone, so that it is closed when HAProxy closes it. The egress door stays held."""
@@ -106,7 +120,7 @@ def open_doors(settings: Settings, run_folder: Path) -> Doors:
         doors.egress = Door(settings.egress_port, listen("127.0.0.1", settings.egress_port, "EGRESS_PORT"))
     if front or egress:
         doors.haproxy = haproxy
-        doors.vendors = set(re.findall(r"^backend (\w+)", (CONFIGURATION / "vendors.cfg").read_text(), re.MULTILINE))
+        doors.vendors = set(re.findall(r"^backend vendor-(\S+)", (CONFIGURATION / "vendors.cfg").read_text(), re.MULTILINE))
         doors.admin, doors.control = admin_sockets(run_folder)
         doors.environ = environ_of(doors, settings, run_folder)
     return doors
@@ -221,6 +235,8 @@ def admin_sockets(run_folder: Path) -> tuple[socket.socket, socket.socket]:
         listening.listen(1)
         connected.connect(name)
         Path(name).unlink()
+        # More than one command, whenever it comes. 24 days are the most that HAProxy knows.
+        connected.sendall(b"prompt\nset timeout cli 24d\n")
     finally:
         os.chdir(here)
     return listening, connected

@@ -118,12 +118,12 @@ def proxies(settings: Settings, vendors: list[Vendor], environ: dict[str, str]) 
 
 def for_haproxy(settings: Settings, doors: Doors) -> dict[str, str]:
     """The variables that HAProxy's configuration reads. Nothing else of the environment is handed to it."""
-    passed = ("LLAMA_STACK_HOSTS", "LLAMA_STACK_CORS_ORIGIN", "AUTH_JWKS_URI", "FRONT_BODY_LIMIT")
-    passed += ("EGRESS_CA", "EGRESS_NAMESERVER", "EGRESS_VENDOR_PORT")
+    passed = ("LLAMA_STACK_CORS_ORIGIN", "AUTH_JWKS_URI", "FRONT_BODY_LIMIT", "EGRESS_NAMESERVER", "EGRESS_VENDOR_PORT")
     environ = {name: value for name in passed if (value := settings.environ.get(name))}
     environ |= {name: value for name, value in settings.environ.items() if name.endswith("_PASSTHROUGH_URL") and value}
-    if trusted := cas_for_haproxy(settings):
-        environ.setdefault("EGRESS_CA", trusted)
+    environ["LLAMA_STACK_HOSTS"] = settings.get("LLAMA_STACK_HOSTS").replace(",", " ") or "localhost"
+    if trusted := settings.get("EGRESS_CA") or cas_for_haproxy(settings):
+        environ["EGRESS_CA"] = os.path.abspath(trusted)
     return environ | doors.environ | {"PATH": os.defpath}
 
 

@@ -222,11 +222,14 @@ def take_haproxy(output: Output, line: str) -> None:
         output.show(call, short_form(call))
     except (ValueError, KeyError, TypeError):
         # What it says of itself, but for what the start has brought about.
-        if re.match(r"\[(ALERT|WARNING)]", line) and not re.search(r"Proxy \S+ stopped|Server \S+ is UP", line):
+        ours = r"Proxy \S+ stopped|Server gateways/a (is UP|enters drain)|backend 'gateways' has no server"
+        if re.match(r"\[(ALERT|WARNING)]", line) and not re.search(ours, line):
             output.put(line.encode(errors="replace") + b"\n")
 
 
 def short_form(call: dict[str, object]) -> str:
-    """A call on a person's line: the time (UTC), the status, what was asked for, and why it failed."""
-    why = f"  {call['why']}" if call.get("why") else ""
-    return f"{str(call['time'])[11:19]}  {call['status']}  {call['method']} {call['path']}{why}"
+    """A call on a person's line: the time (UTC), the status, what was asked for or to whom it went, and why it failed."""
+    what = f"{call['method']} {call['path']}" if "path" in call else f"to {call['to']}"
+    why = str(call.get("why", ""))
+    why = f"  ({why})" if why and not why.endswith("answered so") else ""  # Which the status tells.
+    return f"{str(call['time'])[11:19]}  {call['status']}  {what}{why}"
