@@ -15,7 +15,7 @@ first = @[ -d .venv ] || echo "The first run fetches packages ($1 MB), which may
 sync = { $(UV) sync --inexact $(if $(wildcard .venv),--quiet) || { echo "The packages could not be fetched. Behind a proxy that \
   inspects TLS, name its CA in SSL_CERT_FILE." >&2; exit 1; }; }
 
-.PHONY: help server client demo test image rolling libraries faults workarounds mutants bench profile advisories
+.PHONY: help server client demo test image rolling libraries programs faults workarounds mutants bench profile advisories
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -50,7 +50,10 @@ libraries: $(UV)  ## the client libraries' tests, with the newest release of eac
 	NEWEST_NODE=1 $(UV) run --isolated --no-project --refresh-package openai --refresh-package openai-agents \
 	  --refresh-package langchain-openai --refresh-package llama-stack-client \
 	  --with openai,openai-agents,langchain-openai,llama-stack-client --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn \
-	  pytest $(addprefix tests/test_,openai_sdk.py openai_agents.py responses.py llama_stack_client.py langchain.py node.py)
+	  pytest $(addprefix tests/test_,openai_sdk.py openai_agents.py responses.py shapes.py llama_stack_client.py langchain.py node.py)
+
+programs: $(UV)  ## the programs of docs/programs.md, each in a folder of its own (asks the package indexes)
+	$(UV) run --group dev pytest tests/test_programs.py -m slow -s
 
 FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_restarts.py test_serve.py)
 
