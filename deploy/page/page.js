@@ -55,6 +55,8 @@ function showRecipe() {
   $("recipe").textContent = content.textContent.trim().replace(/\{(here|base|key,?|model)\}/g, (_, name) => given[name] ?? given.key);
 }
 
+let forgotten; // when "Copied" is a button's word no more
+
 async function copy(button) {
   const source = $(button.dataset.copy);
   try {
@@ -64,8 +66,15 @@ async function copy(button) {
     getSelection().selectAllChildren(source);
     document.execCommand("copy");
   }
+  showNothingCopied();
   button.textContent = $("said").textContent = "Copied";
-  setTimeout(() => (button.textContent = "Copy", $("said").textContent = ""), 2000);
+  clearTimeout(forgotten);
+  forgotten = setTimeout(showNothingCopied, 2000);
+}
+
+function showNothingCopied() {
+  document.querySelectorAll("[data-copy]").forEach((each) => (each.textContent = "Copy"));
+  $("said").textContent = "";
 }
 
 // What the gateway says
