@@ -1,9 +1,7 @@
 """The page at the gateway's address, in a real browser: the machine's own Chromium, headless, driven by Playwright."""
 
-import functools
 import http.server
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -31,8 +29,8 @@ pytestmark = [
 ]
 
 SWITCHES = [
-    *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split(),
-    *"--disable-component-update --disable-sync".split(),
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     # A name that is neither localhost nor an address: without HTTPS, browsers trust a page there with less.
     "--host-resolver-rules=MAP host.docker.internal 127.0.0.1",
 ]
@@ -358,7 +356,7 @@ def test_where_tokens_are_demanded_it_asks_for_one(
         Front(tmp_path, GATEWAY_A=f"127.0.0.1:{gateway.port}", **ways, **tokens) as front,
     ):
         tab.goto(front.url)
-        expect(tab.get_by_text("asks for your team’s token")).to_be_visible()
+        expect(tab.get_by_text("It answers, and asks for")).to_be_visible()
         expect(tab.locator("#the-key")).to_have_text("token=…;openai=sk-…")
         expect(tab.locator("#the-base")).to_have_text(f"{front.url}/v1")
         tab.get_by_label("Token").fill(services.token(exp=1))

@@ -10,7 +10,7 @@ const VENDORS = {
 const PROGRAMS = [...document.querySelectorAll("template")];
 let models = []; // as GET /v1/models lists them
 let tokens = false; // whether the gateway demands one
-const closed = {}; // vendor: why its native path is closed
+let closed = []; // the vendors whose native paths are
 
 const vendorOf = (model) => model.split(/[-/]/)[0];
 const chosen = (name) => document.querySelector(`input[name=${name}]:checked`)?.value;
@@ -22,7 +22,7 @@ function connection() {
   const choice = chosen("vendor");
   const vendor = VENDORS[choice];
   const model = models.find((each) => !vendor || vendorOf(each.id) === choice);
-  if (vendor && !closed[choice] && !tokens) {
+  if (vendor && !closed.includes(choice) && !tokens) {
     const name = model?.custom_metadata?.provider_resource_id;
     const note = `This leads straight to ${vendor.name}: its own names for models, its parameters, its errors.`;
     return { here, base: here + vendor.path, key: vendor.key, model: name ?? "…", native: choice, note };
@@ -30,7 +30,8 @@ function connection() {
   const keys = Object.keys(VENDORS).filter((name) => !vendor || name === choice).map((name) => `${name}=${VENDORS[name].key}`);
   const key = [...(tokens ? ["token=…"] : []), ...keys].join(";");
   const risk = "Leave out what you do not have. A program that ignores the base URL for one of its calls sends all of the keys there.";
-  const note = tokens ? `Your team’s token goes first. ${vendor ? "" : risk}` : vendor ? closed[choice] : risk;
+  const why = tokens ? "Your team’s token goes first, and the vendors’ own APIs are closed." : vendor ? `${vendor.name}’s own API is closed here.` : "";
+  const note = vendor ? why : `${why} ${risk}`.trim();
   return { here, base: `${here}/v1`, key, "key,": key.replaceAll(";", ","), model: model?.id ?? "…", note };
 }
 
@@ -118,6 +119,7 @@ async function listModels() {
     const response = await fetch("/v1/models", { headers: { ...bearer() } });
     if (response.status === 401) return demandToken();
     if (!response.ok) throw new Error(words(await response.text()).said);
+    closed = response.headers.get("Native-Closed")?.split(" ") ?? [];
     models = (await response.json()).data.filter((model) => model.custom_metadata?.model_type !== "embedding");
   } catch (error) {
     show("state", "bad", error instanceof TypeError ? GONE : error.message);
