@@ -1,0 +1,157 @@
+"""HAProxy with the configuration that ships, and what stands in for a gateway behind it."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from .gateway import HAPROXY, PROJECT, clean_environ, eventually, free_port
+from .vendors import InBackground
+
+CONFIGURATION = PROJECT / "deploy" / "haproxy"
+SIDECAR = ("global", "vendors", "egress")
+BALANCER = ("global", "vendors", "front")
+BOTH = (*SIDECAR, "front")
+
+
+class HAProxy:
+    """HAProxy with some of the files that ship and some settings. A context manager.
+
+    `url` is the front's address, `egress` the egress door's. It is started in another folder than its configuration's.
+    """
+
+    def __init__(self, folder: Path, files: tuple[str, ...] = BOTH, **settings: str) -> None:
+        self.folder, self.files = folder, files
+        self.log_file, self.socket = folder / "haproxy.log", folder / "admin"
+        self.port, self.egress_port = free_port(), free_port()
+        self.url = f"{'https' if 'FRONT_CRT' in settings else 'http'}://127.0.0.1:{self.port}"
+        self.egress = f"http://127.0.0.1:{self.egress_port}"
+        self.settings = {
+            "FRONT_BIND": f"127.0.0.1:{self.port}",
+            "EGRESS_PORT": str(self.egress_port),
+            "HAPROXY_SOCKET": str(self.socket),
+        } | settings
+
+    def start(self, **more: Any) -> None:
+        """Start the process, and wait for nothing. `more` goes to Popen."""
+        command = [HAPROXY, "-db", *(word for name in self.files for word in ("-f", str(CONFIGURATION / f"{name}.cfg")))]
+        self.folder.mkdir(exist_ok=True)
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=clean_environ(self.folder, **self.settings), stdout=log, stderr=log, **more
+            )
+
+    def __enter__(self) -> Self:
+        self.start()
+        ports = [port for name, port in {"front": self.port, "egress": self.egress_port}.items() if name in self.files]
+        up = eventually(lambda: self.process.poll() is not None or all(map(answers, ports)), 60)
+        if not up or self.process.poll() is not None:
+            self.__exit__()
+            raise RuntimeError(f"HAProxy did not start:\n{self.log}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def log(self) -> str:
+        """All that it has printed so far."""
+        return self.log_file.read_text()
+
+    def lines(self, **wanted: Any) -> list[dict]:
+        """The calls in its log that have these fields."""
+        lines = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+        return [line for line in lines if wanted.items() <= line.items()]
+
+    def admin(self, command: str) -> str:
+        """Say something to its admin socket and return the answer."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.socket))
+            connection.sendall(f"{command}\n".encode())
+            return connection.makefile().read()
+
+    def wait_until_up(self, *names: str, seconds: float = 60) -> None:
+        """Wait until its own health checks have found these gateways well."""
+
+        def up() -> bool:
+            return all(re.search(rf"^gateways,{name},.*,UP,", self.admin("show stat"), re.MULTILINE) for name in names)
+
+        assert eventually(up, seconds), self.admin("show stat")
+
+    def connect(self) -> socket.socket:
+        """A bare connection to the front."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def raw(self, request: bytes) -> bytes:
+        """What the front answers to these bytes, until it closes the connection: the request should ask for that."""
+        with self.connect() as connection:
+            connection.sendall(request)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while data := connection.recv(65536):
+                    answer += data
+        return answer
+
+
+def answers(port: int) -> bool:
+    """Whether something takes connections at this port of loopback."""
+    with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+class Recorder(InBackground):
+    """What stands in for a gateway where a test must see what one gets. A context manager.
+
+    `heads` are the requests that came, as sent, without health checks. `mode` is what happens to them: "answer" with `answer`,
+    "close" the connection without an answer, or "stall". `alive` counts the connections that wait for an answer.
+    """
+
+    def __init__(self, mode: str = "answer", answer: bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") -> None:
+        self.mode, self.answer = mode, answer
+        self.heads: list[str] = []
+        self.alive = 0
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"127.0.0.1:{self.port}"
+
+    def headers(self) -> httpx.Headers:
+        """The headers of the last request."""
+        return httpx.Headers([line.split(": ", 1) for line in self.heads[-1].split("\r\n")[1:] if line])
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, with one request."""
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            length = re.search(r"content-length: (\d+)", head)
+            await reader.readexactly(int(length[1]) if length else 0)
+            health = "/v1/health" in head
+            if not health:
+                self.heads.append(head)
+            if self.mode == "answer" or health:
+                writer.write(self.answer)
+                await writer.drain()
+            elif self.mode == "stall":
+                self.alive += 1
+                try:
+                    await reader.read()
+                finally:
+                    self.alive -= 1
+        writer.close()
+
+    async def serve(self) -> None:
+        """Listen until `stop` is set."""
+        server = await asyncio.start_server(self.connected, "127.0.0.1", backlog=1024, limit=1 << 20)
+        self.port = server.sockets[0].getsockname()[1]
+        self.ready.set()
+        await self.stop.wait()
+        server.close()
