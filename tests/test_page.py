@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import pytest
 from support.calls import MODELS
-from support.front import Front
-from support.gateway import HAPROXY, PROVIDER_DATA, Gateway, clean_environ, free_port
+from support.fronts import NEEDS_HAPROXY
+from support.gateway import PROVIDER_DATA, Gateway, clean_environ, free_port
+from support.haproxy import BALANCER, HAProxy
 from support.network import NameServer
 from support.services import ISSUER, Services
 from support.vendors import KEYS, Vendors
@@ -24,7 +25,7 @@ Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
-    pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)"),
+    NEEDS_HAPROXY,
     pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (apt-get install chromium)"),
 ]
 
@@ -87,9 +88,9 @@ def ways(vendors: Vendors, elsewhere: int) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def front(stock: Gateway, ways: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+def front(stock: Gateway, ways: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HAProxy]:
     """The front, which serves the page."""
-    with Front(tmp_path_factory.mktemp("front"), GATEWAY_A=f"127.0.0.1:{stock.port}", **ways) as front:
+    with HAProxy(tmp_path_factory.mktemp("front"), BALANCER, GATEWAY_A=f"127.0.0.1:{stock.port}", **ways) as front:
         yield front
 
 
@@ -106,7 +107,7 @@ def tab(browser: Browser) -> Iterator[Page]:
 
 
 @pytest.fixture
-def page(tab: Page, front: Front) -> Page:
+def page(tab: Page, front: HAProxy) -> Page:
     """The page, with the models that it has asked for."""
     return visit(tab, front.url)
 
@@ -138,7 +139,7 @@ def answer(page: Page) -> Any:
     return page.get_by_role("region", name="Answer")
 
 
-def test_it_lists_the_models_and_keeps_to_its_policy(tab: Page, front: Front) -> None:
+def test_it_lists_the_models_and_keeps_to_its_policy(tab: Page, front: HAProxy) -> None:
     headers = tab.goto(front.url).headers
     expect(tab.get_by_label("Models").locator("code")).to_have_text(MODELS)
     expect(tab.get_by_text("It answers")).to_be_visible()
@@ -212,7 +213,7 @@ def test_an_answer_full_of_markup_is_text(page: Page) -> None:
     assert page.title() == title
 
 
-def test_a_key_is_nowhere_but_in_the_header(page: Page, front: Front, stock: Gateway) -> None:
+def test_a_key_is_nowhere_but_in_the_header(page: Page, front: HAProxy, stock: Gateway) -> None:
     requests: list[Any] = []
     page.on("request", lambda request: requests.append(request))
     for vendor, name in VENDOR_NAMES.items():
@@ -233,7 +234,7 @@ def test_a_key_is_nowhere_but_in_the_header(page: Page, front: Front, stock: Gat
 
 
 @pytest.mark.parametrize("left", ["reloaded", "left and come back to"])
-def test_keys_are_gone_when_the_page_is(page: Page, front: Front, left: str) -> None:
+def test_keys_are_gone_when_the_page_is(page: Page, front: HAProxy, left: str) -> None:
     ask(page, "openai/gpt-4o")
     expect(page.get_by_text("Complete after")).to_be_visible()
     if left == "reloaded":
@@ -246,7 +247,7 @@ def test_keys_are_gone_when_the_page_is(page: Page, front: Front, left: str) -> 
 
 
 def test_a_gateway_that_has_gone_is_a_sentence(tab: Page, stock: Gateway, tmp_path: Path) -> None:
-    with Front(tmp_path, GATEWAY_A=f"127.0.0.1:{stock.port}") as front:
+    with HAProxy(tmp_path, BALANCER, GATEWAY_A=f"127.0.0.1:{stock.port}") as front:
         visit(tab, front.url)
         ask(tab, "openai/every-0.1", "word " * 500)
         expect(answer(tab)).to_contain_text("You said")
@@ -256,10 +257,27 @@ def test_a_gateway_that_has_gone_is_a_sentence(tab: Page, stock: Gateway, tmp_pa
 
 
 def test_a_server_that_does_not_answer_is_a_sentence_of_the_front(tab: Page, tmp_path: Path) -> None:
-    with Front(tmp_path, GATEWAY_A=f"127.0.0.1:{free_port()}") as front:
+    with HAProxy(tmp_path, BALANCER, GATEWAY_A=f"127.0.0.1:{free_port()}") as front:
         told = httpx.get(f"{front.url}/v1/models", trust_env=False).json()["error"]["message"]
         tab.goto(front.url)
         expect(tab.get_by_text(told)).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    ("setting", "closed"),
+    [({"EGRESS": "0"}, ["OpenAI", "Gemini", "Anthropic"]), ({"GEMINI_PASSTHROUGH_URL": "http://127.0.0.1:9"}, ["Gemini"])],
+    ids=["EGRESS=0", "another URL"],
+)
+def test_what_is_closed_is_told_and_gone_around(
+    tab: Page, stock: Gateway, tmp_path: Path, setting: dict[str, str], closed: list[str]
+) -> None:
+    with HAProxy(tmp_path, BALANCER, GATEWAY_A=f"127.0.0.1:{stock.port}", **setting) as front:
+        visit(tab, front.url)
+        for vendor, name in VENDOR_NAMES.items():
+            tab.get_by_role("radio", name=name, exact=True).check()
+            assert (tab.locator("#the-base").text_content() == f"{front.url}/v1") == (name in closed)
+            assert tab.locator("#the-key").text_content().startswith(f"{vendor}=") == (name in closed)
+            assert (tab.get_by_text("own API is closed here").count() == 1) == (name in closed)
 
 
 def test_a_phone_shows_it_without_scrolling_sideways(page: Page) -> None:
@@ -280,7 +298,7 @@ def each_recipe(page: Page) -> Iterator[tuple[str, str]]:
             yield vendor, program
 
 
-def test_the_copy_buttons_copy_what_is_shown(page: Page, front: Front) -> None:
+def test_the_copy_buttons_copy_what_is_shown(page: Page, front: HAProxy) -> None:
     seen = set()
     for vendor, program in each_recipe(page):
         lines = page.locator("#recipe").text_content()
@@ -295,7 +313,7 @@ def test_the_copy_buttons_copy_what_is_shown(page: Page, front: Front) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == "openai=sk-…;gemini=AI…;anthropic=sk-ant-…"
 
 
-def test_copying_works_where_the_browser_has_no_clipboard_for_pages(tab: Page, front: Front) -> None:
+def test_copying_works_where_the_browser_has_no_clipboard_for_pages(tab: Page, front: HAProxy) -> None:
     visit(tab, f"http://host.docker.internal:{front.port}")
     assert tab.evaluate("navigator.clipboard === undefined")
     tab.get_by_role("button", name="Copy the base URL").click()
@@ -353,7 +371,7 @@ def test_where_tokens_are_demanded_it_asks_for_one(
     tokens = {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER}
     with (
         Gateway(tmp_path, **vendors.environ(), **tokens, FRONT="0") as gateway,
-        Front(tmp_path, GATEWAY_A=f"127.0.0.1:{gateway.port}", **ways, **tokens) as front,
+        HAProxy(tmp_path, BALANCER, GATEWAY_A=f"127.0.0.1:{gateway.port}", **ways, **tokens) as front,
     ):
         tab.goto(front.url)
         expect(tab.get_by_text("It answers, and asks for")).to_be_visible()
@@ -392,7 +410,7 @@ CALL = """async ([url, headers, body]) => {
     ],
 )
 def test_a_permitted_origin_reads_answers_and_errors_and_no_other_does(
-    tab: Page, front: Front, elsewhere: int, path: str, model: str, key: str, status: int, words: str
+    tab: Page, front: HAProxy, elsewhere: int, path: str, model: str, key: str, status: int, words: str
 ) -> None:
     credential = {"Authorization": f"Bearer {key}"}
     if path.startswith("/v1"):
