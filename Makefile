@@ -56,7 +56,7 @@ workarounds: $(UV)  ## undo what is done about the stock server's traps, one by 
 	@PYTHONPATH=tests $(UV) run --group dev python -m tools.workarounds $(ONLY)
 
 mutants: $(UV)  ## change the project on purpose, and see that a test notices (ONLY=pattern, JOBS=2)
-	@PYTHONPATH=tests $(UV) run --group dev --group deploy python -m tools.mutation --only "$(ONLY)" --jobs $(or $(JOBS),2)
+	@PYTHONPATH=tests $(UV) run --group dev --group deploy --group browser python -m tools.mutation --only "$(ONLY)" --jobs $(or $(JOBS),2)
 
 bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: ROUNDS=1 SECONDS=1)
 	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \

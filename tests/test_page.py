@@ -35,6 +35,8 @@ SWITCHES = [
     # A name that is neither localhost nor an address: without HTTPS, browsers trust a page there with less.
     "--host-resolver-rules=MAP host.docker.internal 127.0.0.1",
 ]
+# What Playwright switches off, and a browser does: to keep a page that was left, in memory and as it was.
+KEPT = ["--disable-back-forward-cache"]
 SCRIPT = """<img src=x onerror="document.title='run'"><script>document.title='run'</script><a href="javascript:0">& '"""
 VENDOR_NAMES = {"openai": "OpenAI", "gemini": "Gemini", "anthropic": "Anthropic"}
 
@@ -43,7 +45,7 @@ VENDOR_NAMES = {"openai": "OpenAI", "gemini": "Gemini", "anthropic": "Anthropic"
 def browser() -> Iterator[Browser]:
     """One browser for all tests. Each of them has a profile of its own in it."""
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=SWITCHES, ignore_default_args=KEPT)
         yield browser
         browser.close()
 
@@ -240,8 +242,8 @@ def test_keys_are_gone_when_the_page_is(page: Page, front: HAProxy, left: str) -
     if left == "reloaded":
         page.reload()
     else:
-        page.goto("about:blank")
-        page.go_back()
+        page.goto(f"http://localhost:{front.port}/")
+        page.go_back(wait_until="commit")
     expect(page.get_by_text("It answers")).to_be_visible()
     assert page.get_by_label("OpenAI key").input_value() == ""
 

@@ -3,6 +3,7 @@ const $ = (id) => document.getElementById(id);
 const here = location.origin;
 
 const VENDORS = {
+  __proto__: null, // A model's name is looked up here.
   openai: { name: "OpenAI", key: "sk-…", path: "/openai/v1" },
   gemini: { name: "Gemini", key: "AI…", path: "/gemini/v1beta/openai" },
   anthropic: { name: "Anthropic", key: "sk-ant-…", path: "/anthropic/v1" },
@@ -137,8 +138,8 @@ async function listModels() {
 function demandToken() {
   tokens = true;
   $("tokens").hidden = false;
-  const refused = "It refused this token: it may have expired, or be for something else.";
-  show("state", "bad", $("token").value ? refused : "It answers, and asks for your team’s token: put it in below, under Try it.");
+  const refused = "It refused this token, which may have expired.";
+  show("state", "bad", $("token").value ? refused : "It answers, and asks for your team’s token: see Try it.");
   showPrograms();
 }
 
@@ -158,6 +159,7 @@ function showBusy(busy) {
 
 // The header's content: the key of the model's vendor alone, or all where the provider's name does not tell the vendor.
 function providerData(model) {
+  if (!model) throw new Error("Which model? Its name has two parts: provider/model.");
   const vendors = VENDORS[vendorOf(model)] ? [vendorOf(model)] : Object.keys(VENDORS);
   const data = {};
   for (const vendor of vendors) {
@@ -224,7 +226,7 @@ async function ask(event) {
     outcome("", "Answering …");
     const { finish, failed } = await read(response.body);
     if (failed) outcome("bad", `The answer failed: ${failed}`);
-    else if (!finish) outcome("bad", "The answer is cut off: it ended without saying that it is complete.");
+    else if (!finish) outcome("bad", "The answer is cut off: it does not say that it is complete.");
     else outcome("good", finish === "stop" ? `Complete ${after()}.` : `The model ended it ${after()}: ${finish}.`);
   } catch (error) {
     if (error.name === "AbortError") outcome("", `Stopped ${after()}. The vendor may finish it all the same, and charge for it.`);
@@ -248,7 +250,7 @@ $("form").addEventListener("submit", ask);
 $("stop").addEventListener("click", () => call?.abort());
 $("prompt").addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && ask(event));
 // A browser may keep a page that was left in memory, with its fields.
-addEventListener("pagehide", () => $("form").reset());
+addEventListener("pagehide", () => ($("form").reset(), showOther()));
 
 showPrograms();
 listModels();
