@@ -151,12 +151,12 @@ class NativeVendors(InBackground):
         """The body that follows a head."""
         if headers.get("transfer-encoding") != "chunked":
             return await reader.readexactly(int(headers.get("content-length", 0)))
-        body = b""
+        body = bytearray()
         while size := int((await reader.readline()).split(b";")[0], 16):
             body += (await reader.readexactly(size + 2))[:-2]
         while (await reader.readline()).strip():
             pass
-        return body
+        return bytes(body)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from the proxy, with calls one after the other."""
