@@ -84,7 +84,10 @@ def test_bodies_pass_byte_for_byte(native: Front) -> None:
     assert native.call("/openai/v1/echo", KEY, content=body).content == body
     assert native.vendors.last.body == body
     assert native.vendors.last.headers["content-length"] == str(len(body))
-    assert native.call("/gemini/echo", KEY, content=iter([body[:1000], body[1000:3000], b"\r\n0\r\n"])).content == body[:3000] + b"\r\n0\r\n"
+    assert (
+        native.call("/gemini/echo", KEY, content=iter([body[:1000], body[1000:3000], b"\r\n0\r\n"])).content
+        == body[:3000] + b"\r\n0\r\n"
+    )
     assert native.vendors.last.headers["transfer-encoding"] == "chunked"
 
 
@@ -108,7 +111,9 @@ def test_a_slow_body_passes(native: Front) -> None:
 def test_an_answer_is_announced_before_a_body_is_sent(native: Front) -> None:
     """curl asks so for bodies beyond 1 MB."""
     with native.haproxy.connect() as connection:
-        connection.sendall(b"POST /openai/echo HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc")
+        connection.sendall(
+            b"POST /openai/echo HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc"
+        )
         answer = b""
         while not answer.endswith(b"0\r\n\r\n"):
             answer += connection.recv(1000)
@@ -116,7 +121,13 @@ def test_an_answer_is_announced_before_a_body_is_sent(native: Front) -> None:
 
 
 def test_headers_pass_both_ways(native: Front) -> None:
-    mine = {"OpenAI-Beta": "x=v1", "OpenAI-Organization": "org", "User-Agent": "me/1", "X-Custom": "a, b", "Accept-Encoding": "zstd"}
+    mine = {
+        "OpenAI-Beta": "x=v1",
+        "OpenAI-Organization": "org",
+        "User-Agent": "me/1",
+        "X-Custom": "a, b",
+        "Accept-Encoding": "zstd",
+    }
     response = native.call("/openai/v1/anything", KEY | mine)
     for name, value in mine.items():
         assert native.vendors.last.headers[name] == value
@@ -127,7 +138,12 @@ def test_headers_pass_both_ways(native: Front) -> None:
 
 def test_a_vendor_learns_nothing_of_where_a_call_came_from(native: Front) -> None:
     claims = {"X-Forwarded-For": "9.9.9.9", "X_Forwarded_For": "9.9.9.9", "Forwarded": "for=9.9.9.9", "X-Real-IP": "9.9.9.9"}
-    more = {"Origin": "http://localhost:3000", "Cookie": "a=b", "Proxy-Authorization": "Basic eA==", "x_llamastack_provider_data": "{}"}
+    more = {
+        "Origin": "http://localhost:3000",
+        "Cookie": "a=b",
+        "Proxy-Authorization": "Basic eA==",
+        "x_llamastack_provider_data": "{}",
+    }
     assert native.call("/openai/v1/anything", KEY | claims | more).status_code == 200
     left = {name.lower() for name in native.vendors.last.headers}
     assert not left & {name.lower() for name in claims | more}
@@ -143,7 +159,9 @@ def test_a_vendors_error_passes_after_one_attempt(native: Front, vendor: str, st
     assert message(response) == f"The vendor says {status}."
     assert "x-should-retry" not in response.headers
     assert len(native.vendors.arrived) == before + 1
-    assert eventually(lambda: native.haproxy.lines(door="front", to=f"vendor-{vendor}", status=status, why="the vendor answered so"))
+    assert eventually(
+        lambda: native.haproxy.lines(door="front", to=f"vendor-{vendor}", status=status, why="the vendor answered so")
+    )
 
 
 def test_an_error_leaves_the_connection_open(native: Front) -> None:
@@ -180,8 +198,14 @@ def test_nothing_of_a_vendors_reaches_the_page(native: Front) -> None:
 
 def test_a_redirect_does_not_take_other_vendors_keys_along(native: Front) -> None:
     """With a vendor's own key it passes, as it would come from the vendor: a client's library follows with all headers."""
-    assert native.call("/gemini/v1/redirect", {"x-goog-api-key": "AIza-fake"}).headers["location"] == "https://elsewhere.example/file"
-    for headers in ({"x-goog-api-key": "gemini=g;openai=o"}, {PROVIDER_DATA: json.dumps({"gemini_api_key": "g", "openai_api_key": "o"})}):
+    assert (
+        native.call("/gemini/v1/redirect", {"x-goog-api-key": "AIza-fake"}).headers["location"]
+        == "https://elsewhere.example/file"
+    )
+    for headers in (
+        {"x-goog-api-key": "gemini=g;openai=o"},
+        {PROVIDER_DATA: json.dumps({"gemini_api_key": "g", "openai_api_key": "o"})},
+    ):
         response = native.call("/gemini/v1/redirect", headers)
         assert response.status_code == 502
         assert "redirects" in message(response)
@@ -192,7 +216,9 @@ def test_an_upload_goes_on_through_the_front(native: Front) -> None:
     response = native.call("/gemini/upload/v1beta/files", {"x-goog-api-key": "AIza-fake", "X-Goog-Upload-Command": "start"})
     url = response.headers["x-goog-upload-url"]
     assert url == f"{native.haproxy.url}/gemini/upload/v1beta/files?upload_id=1"
-    assert httpx.post(url, headers={"X-Goog-Upload-Command": "upload, finalize"}, content=b"x", trust_env=False).status_code == 200
+    assert (
+        httpx.post(url, headers={"X-Goog-Upload-Command": "upload, finalize"}, content=b"x", trust_env=False).status_code == 200
+    )
     assert native.vendors.last.target == "/upload/v1beta/files?upload_id=1"
     assert native.vendors.last.headers["x-goog-upload-command"] == "upload, finalize"
 
@@ -244,13 +270,18 @@ def test_a_key_among_protocols_gives_way_to_a_list_and_goes_to_no_other_vendor(n
     assert native.vendors.last.headers["sec-websocket-protocol"] == "realtime, openai-beta.x"
     assert native.call("/gemini/ws/x", protocol, "GET").status_code == 200
     assert "sec-websocket-protocol" not in native.vendors.last.headers
-    assert native.call("/openai/v1/x", {"Sec-WebSocket-Protocol": "openai-insecure-api-key.openai=sk-1;gemini=g"}, "GET").status_code == 401
+    assert (
+        native.call("/openai/v1/x", {"Sec-WebSocket-Protocol": "openai-insecure-api-key.openai=sk-1;gemini=g"}, "GET").status_code
+        == 401
+    )
 
 
 def test_no_other_protocol_is_tunnelled(native: Front) -> None:
     """To HTTP/2 on a plain connection, say: nothing here could look into it."""
     for target in ("/openai/v1/x", "/v1/models"):
-        status, answer = native.raw(f"GET {target} HTTP/1.1\n{HEAD}\nConnection: Upgrade, HTTP2-Settings\nUpgrade: h2c\nHTTP2-Settings: AAMAAABk")
+        status, answer = native.raw(
+            f"GET {target} HTTP/1.1\n{HEAD}\nConnection: Upgrade, HTTP2-Settings\nUpgrade: h2c\nHTTP2-Settings: AAMAAABk"
+        )
         assert status == 200, answer
     assert "upgrade" not in native.vendors.last.headers
     assert "upgrade" not in native.gateway.headers()
@@ -293,7 +324,10 @@ def test_many_calls_at_once_are_answered(native: Front) -> None:
     ("settings", "closed", "told"),
     [
         ({"EGRESS": "0"}, HOSTS, "egress door"),
-        *(({f"{name.upper()}_PASSTHROUGH_URL": "https://x.example"}, [name], f"{name.upper()}_PASSTHROUGH_URL") for name in HOSTS),
+        *(
+            ({f"{name.upper()}_PASSTHROUGH_URL": "https://x.example"}, [name], f"{name.upper()}_PASSTHROUGH_URL")
+            for name in HOSTS
+        ),
         (dict.fromkeys(("EGRESS", "AUTH_JWKS_URI", *(f"{name.upper()}_PASSTHROUGH_URL" for name in HOSTS)), ""), [], ""),
     ],
 )

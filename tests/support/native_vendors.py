@@ -151,12 +151,12 @@ class NativeVendors(InBackground):
         """The body that follows a head."""
         if headers.get("transfer-encoding") != "chunked":
             return await reader.readexactly(int(headers.get("content-length", 0)))
-        body = b""
+        body = bytearray()
         while size := int((await reader.readline()).split(b";")[0], 16):
             body += (await reader.readexactly(size + 2))[:-2]
         while (await reader.readline()).strip():
             pass
-        return body
+        return bytes(body)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from the proxy, with calls one after the other."""
@@ -183,7 +183,9 @@ class NativeVendors(InBackground):
         """Accept it (RFC 6455, section 4.2.2), and give back whatever comes."""
         key = f"{headers['sec-websocket-key']}258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
-        answer = f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}"
+        answer = (
+            f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}"
+        )
         writer.write(f"{answer}\r\n\r\n".encode())
         while data := await reader.read(65536):
             writer.write(data)
@@ -205,7 +207,10 @@ class NativeVendors(InBackground):
         elif path.endswith("/echo"):
             pieces = [call.body]
         elif path.endswith("/upload/v1beta/files"):
-            more |= {"x-goog-upload-url": f"https://{HOSTS['gemini']}/upload/v1beta/files?upload_id=1", "x-goog-upload-status": "active"}
+            more |= {
+                "x-goog-upload-url": f"https://{HOSTS['gemini']}/upload/v1beta/files?upload_id=1",
+                "x-goog-upload-status": "active",
+            }
         elif path.endswith("/messages"):
             pieces = messages(streamed)
         elif ":generateContent" in path or ":streamGenerateContent" in path:
