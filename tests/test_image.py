@@ -154,7 +154,8 @@ def test_it_writes_to_memory_alone(image: Gateway) -> None:
     """A few KB, in a folder that is closed to others."""
     prune = ["-path", "/proc", "-prune", "-o", "-path", "/sys", "-prune", "-o"]
     writable = inside(image, "find", "/", *prune, "-writable", "-type", "d", "-print", check=False).split()
-    assert {"/".join(folder.split("/")[:3]) for folder in writable} == {"/dev/shm"}, writable
+    # Some engines mount a file system of message queues as well, which is memory too.
+    assert {"/".join(folder.split("/")[:3]) for folder in writable} - {"/dev/mqueue"} == {"/dev/shm"}, writable
     assert inside(image, "ls", "/dev/shm").split() == ["lls-openai"]
     assert inside(image, "stat", "-c", "%a", "/dev/shm/lls-openai").strip() == "700"
     assert inside(image, "find", "/dev/shm/lls-openai", "-type", "f").split() == ["/dev/shm/lls-openai/keeps-nothing.db"]
