@@ -14,6 +14,8 @@ import signal
 import sys
 import threading
 
+sys.dont_write_bytecode = True  # The project's folder may be somebody else's.
+
 import environment
 import log
 import reachability
@@ -44,7 +46,7 @@ def main() -> int:
 
     output = log.Output()
     gateway = Gateway(held=[each.fileno() for each in doors.egress.sockets] if doors.egress else [])
-    gateway.watch(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    gateway.note_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     output.say("The gateway starts. It asks each vendor for its models first, and waits for one that is silent.")
 
     environ = environment.for_server(settings, config.vendors, doors, folder)
@@ -72,6 +74,7 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
 
     Kills first and speaks then: whoever reads what is said may be gone.
     """
+    gateway.note_ends()
     is_up, stopping, code, last_words = False, False, 0, "The gateway has stopped."
     while True:
         event = gateway.events.get()

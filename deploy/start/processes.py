@@ -78,10 +78,14 @@ class Gateway:
             self.readers.append(reader)
         return process.pid
 
-    def watch(self, *signals: int) -> None:
-        """From now on `events` has these signals, and the end of each process."""
+    def note_signals(self, *signals: int) -> None:
+        """From now on `events` has these signals, but for those that are ignored, as SIGHUP is under nohup."""
         for number in signals:
-            signal.signal(number, lambda number, _: self.events.put(Signal(number)))
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self.events.put(Signal(number)))
+
+    def note_ends(self) -> None:
+        """From now on `events` has the end of each process. To be called when all have been started."""
         threading.Thread(target=self.reap, daemon=True).start()
 
     def reap(self) -> None:
@@ -118,6 +122,7 @@ def read_lines(process: subprocess.Popen[bytes], take: Callable[[str], None]) ->
     with process.stdout as stdout:
         while line := stdout.readline(LONGEST_LINE):
             whole = line.endswith(b"\n")
-            take(line.decode(errors="replace").rstrip("\n"))
+            with contextlib.suppress(Exception):  # Whatever is wrong with a line, who writes the next must not wait.
+                take(line.decode(errors="replace").rstrip("\n"))
             while not whole and (rest := stdout.readline(LONGEST_LINE)):
                 whole = rest.endswith(b"\n")
