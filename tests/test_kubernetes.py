@@ -19,6 +19,9 @@ from support.image import environ, lay_out, stages, values
 from support.network import NameServer
 from support.vendors import KEYS, VENDORS, Vendors
 
+# Stands for a pod's address: what listens on 127.0.0.1 alone is not reached there.
+POD = "127.0.0.2"
+
 COMPONENTS = "components: [egress, front, ingress]\n"
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
@@ -281,14 +284,12 @@ class Pod:
         container = self.manifests.containers[name]
         asked = container[probe]["httpGet"]
         ports = {each["name"]: each["containerPort"] for each in container["ports"]}
-        return httpx.get(
-            f"http://127.0.0.1:{ports.get(asked['port'], asked['port'])}{asked['path']}", trust_env=False, timeout=30
-        )
+        return httpx.get(f"http://{POD}:{ports.get(asked['port'], asked['port'])}{asked['path']}", trust_env=False, timeout=30)
 
     def call(self, path: str, host: str = "lls-openai", **more: Any) -> httpx.Response:
         """A call to the Service by one of its names."""
         headers = {"Host": host} | more.pop("headers", {})
-        with httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60) as client:
+        with httpx.Client(base_url=f"http://{POD}:{self.port}", trust_env=False, timeout=60) as client:
             return client.request("POST" if "json" in more else "GET", path, headers=headers, **more)
 
 
