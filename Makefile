@@ -15,7 +15,7 @@ first = @[ -d .venv ] || echo "The first run fetches packages ($1 MB), which may
 sync = { $(UV) sync --inexact $(if $(wildcard .venv),--quiet) || { echo "The packages could not be fetched. Behind a proxy that \
   inspects TLS, name its CA in SSL_CERT_FILE." >&2; exit 1; }; }
 
-.PHONY: help server client demo test image rolling libraries faults workarounds mutants bench profile
+.PHONY: help server client demo test image rolling libraries faults workarounds mutants bench profile advisories
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1:\2/p' Makefile | while IFS=: read -r target what; do \
@@ -69,6 +69,10 @@ bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: 
 
 profile: $(UV)  ## where the server's time goes, sampled with py-spy; SETTINGS=1: what each setting adds or takes off
 	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench.$(if $(SETTINGS),settings,profiling)
+
+advisories: $(UV)  ## the known advisories for what uv.lock has (asks osv.dev)
+	@$(UV) audit --preview-features audit-command --frozen || { code=$$?; [ $$code -ne 2 ] || \
+	  echo "The advisories could not be listed. That takes internet, and a uv that has \`uv audit\`." >&2; exit $$code; }
 
 .uv/bin/uv:
 	@echo "This machine has no uv, which installs packages. Fetching one into .uv (17 MB) ..." >&2

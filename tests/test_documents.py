@@ -1,4 +1,4 @@
-"""The three documents are true: their blocks run as written, their tables say what the files say, their links lead somewhere."""
+"""The documents are true: their blocks run as written, their tables say what the files say, their links lead somewhere."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually
 from support.services import ISSUER, Services
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
-USER, OPERATOR, SCEPTIC = "README.md", "deploy/README.md", "tests/README.md"
-DOCUMENTS = {name: (PROJECT / name).read_text() for name in (USER, OPERATOR, SCEPTIC)}
+USER, OPERATOR, SCEPTIC, DIFFERENCES = "README.md", "deploy/README.md", "tests/README.md", "docs/differences.md"
+DOCUMENTS = {name: (PROJECT / name).read_text() for name in (USER, OPERATOR, SCEPTIC, DIFFERENCES)}
 SHELLS = [shell for shell in ("sh", "bash", "zsh") if shutil.which(shell)]
 PACKAGES = Path(llama_stack.__file__).parent.parent
 
@@ -65,7 +65,7 @@ def test_every_block_is_proven_somewhere() -> None:
     assert len(others) == len(ELSEWHERE)
 
 
-# What tells each block of the other two documents from the rest.
+# What tells each block of the other documents from the rest.
 TEAM, EGRESS, MCP, BALANCER = "AUTH_ISSUER=", "EGRESS=1", "NO_PROXY=", "balancer.cfg"
 SYSTEMD, IMAGE, APPLY, KUSTOMIZE = "systemctl", "podman", "kubectl", "configMapGenerator"
 SUITE, ONE_TEST, AUDIO = "make test\n", "pytest", "input_audio"
@@ -297,6 +297,16 @@ def test_the_cluster_s_settings_can_be_rendered(copy: Path) -> None:
     assert [f"{name}={value}" for name, value in data.items()] == sorted(settings["literals"])
 
 
+# --- docs/differences.md ---
+
+
+def test_the_audio_arrives(gateway: Gateway, vendors: Vendors, copy: Path) -> None:
+    program = f"{sys.executable} - <<'END'\n{block(DIFFERENCES, AUDIO)}\nEND\n"
+    printed = run(program.replace("8321", str(gateway.port)), copy, OPENAI_API_KEY=KEYS["openai"])
+    assert "This is a stand-in for OpenAI" in printed
+    assert vendors.seen_with("UklGRg==")[-1].headers["openai-beta"] == "some-beta"
+
+
 # --- tests/README.md ---
 
 
@@ -306,13 +316,6 @@ def test_the_suite_is_run_as_ci_runs_it() -> None:
 
 def test_one_test_can_be_run(copy: Path) -> None:
     assert re.search("[1-9] passed", run(block(SCEPTIC, ONE_TEST), copy))
-
-
-def test_the_audio_arrives(gateway: Gateway, vendors: Vendors, copy: Path) -> None:
-    program = f"{sys.executable} - <<'END'\n{block(SCEPTIC, AUDIO)}\nEND\n"
-    printed = run(program.replace("8321", str(gateway.port)), copy, OPENAI_API_KEY=KEYS["openai"])
-    assert "This is a stand-in for OpenAI" in printed
-    assert vendors.seen_with("UklGRg==")[-1].headers["openai-beta"] == "some-beta"
 
 
 def test_a_command_has_a_row_and_writes_what_it_says() -> None:
@@ -409,6 +412,7 @@ FIGURES = {
     "40 ms": ("tests/tools/bench/results.md", "A vendor 40 ms away"),
     "600 s": ("deploy/kubernetes/deployment.yaml", "600 s that the stock provider gives a vendor"),
     "20 MB": ("deploy/balancer.cfg", "gt 20000000 }"),
+    "3 MB": ("tests/exchanges/chat.yaml", "a chunk of 3 MB"),
     "1 MB": ("deploy/balancer.cfg", "For 1 MB of wrong messages"),
     "5 s": (PACKAGES / "uvicorn/config.py", "timeout_worker_healthcheck: int = 5"),
     "30 s": (PACKAGES / "jwt/jwks_client.py", "cooldown_duration: float = 30,"),

@@ -71,3 +71,12 @@ def test_demo_leaves_nothing_running_when_it_is_interrupted(tmp_path: Path, numb
         demo.send_signal(number)
     assert demo.wait(60) != 0
     assert eventually(lambda: not any(map(arguments, started))), f"still running: {list(filter(None, map(arguments, started)))}"
+
+
+def test_advisories_that_cannot_be_had_are_a_sentence(tmp_path: Path) -> None:
+    settings = {"HTTPS_PROXY": "http://127.0.0.1:9", "UV_HTTP_RETRIES": "0"}
+    told = subprocess.run(
+        ["make", "advisories"], cwd=PROJECT, env=clean_environ(tmp_path, **settings), capture_output=True, text=True, check=False
+    )
+    assert told.returncode != 0
+    assert "The advisories could not be listed." in told.stderr
