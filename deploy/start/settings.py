@@ -22,7 +22,7 @@ class Refused(Exception):
 
 def without_secrets(url: str) -> str:
     """A URL, or what was meant as one, without a user and a password in it, and without what follows the `?`."""
-    return re.sub(r"\?.*", "?...", re.sub(r"^([A-Za-z]*:?//)?.*@", r"\1", url))
+    return re.sub(r"\?.*", "?...", re.sub(r"^([A-Za-z]*:?//)?.*@", r"\1...@", url))
 
 
 # --- what a value has to look like: each function returns what is wrong with one, or nothing ---
