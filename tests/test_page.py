@@ -155,6 +155,7 @@ def test_it_lists_the_models_and_keeps_to_its_policy(tab: Page, front: HAProxy) 
 
 
 def test_an_answer_arrives_piece_by_piece(page: Page) -> None:
+    page.set_viewport_size({"width": 375, "height": 700})  # So that it has several lines.
     page.evaluate("""() => {
         const box = document.querySelector('#answer');
         window.seen = [];
@@ -392,7 +393,7 @@ def test_where_tokens_are_demanded_it_asks_for_one(
 # What a page of another origin can read of a call.
 CALL = """async ([url, headers, body]) => {
     try {
-        const response = await fetch(url, { method: 'POST', headers, body: JSON.stringify(body) });
+        const response = await fetch(url, body ? { method: 'POST', headers, body: JSON.stringify(body) } : {});
         return [response.status, await response.text()];
     } catch (error) {
         return [error.name, ''];
@@ -423,5 +424,13 @@ def test_a_permitted_origin_reads_answers_and_errors_and_no_other_does(
     read = tab.evaluate(CALL, call)
     assert read[0] == status
     assert words in read[1]
+    tab.goto(f"http://localhost:{elsewhere}")
+    assert tab.evaluate(CALL, call) == ["TypeError", ""]
+
+
+def test_no_other_origin_reads_what_a_browser_asks_for_without_asking_first(tab: Page, front: HAProxy, elsewhere: int) -> None:
+    call = [f"{front.url}/v1/models", {}, None]
+    tab.goto(f"http://127.0.0.1:{elsewhere}")
+    assert tab.evaluate(CALL, call)[0] == 200
     tab.goto(f"http://localhost:{elsewhere}")
     assert tab.evaluate(CALL, call) == ["TypeError", ""]
