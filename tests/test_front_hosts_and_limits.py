@@ -606,6 +606,10 @@ def test_each_set_of_files_is_valid_without_a_setting(tmp_path: Path) -> None:
         assert "WARNING" not in haproxy.log
 
 
+def test_an_older_haproxy_says_what_it_lacks() -> None:
+    assert ".if version_before(2.6)\n    .alert" in (CONFIGURATION / "global.cfg").read_text()
+
+
 def test_keys_for_every_vendor_reach_the_gateway(plain: Front) -> None:
     assert plain.call(headers=ALL_KEYS).is_success
     assert plain.gateway.headers()[PROVIDER_DATA] == ALL_KEYS[PROVIDER_DATA]

@@ -10,7 +10,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import yaml
-from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ
+from support.gateway import PROJECT, Gateway
+from support.haproxy import CONFIGURATION
+from support.haproxy import SIDECAR as FILES
 from support.image import environ, stages, values
 from support.vendors import VENDORS, Vendors
 
@@ -235,8 +237,10 @@ def test_the_egress_proxy_is_a_component(tmp_path: Path) -> None:
     objects = render(tmp_path, changes="components:\n- egress\n")
     pod = objects["Deployment lls-openai"]["spec"]["template"]["spec"]
     (gateway,), (proxy,) = pod["containers"], pod["initContainers"]
-    assert mounted(objects, proxy, "haproxy.cfg")[1] == (DEPLOY / "egress/haproxy.cfg").read_text()
-    assert proxy["command"][-1] == f"{proxy['volumeMounts'][0]['mountPath']}/haproxy.cfg"
+    for name in FILES:
+        assert mounted(objects, proxy, f"{name}.cfg")[1] == (CONFIGURATION / f"{name}.cfg").read_text()
+    folder = proxy["volumeMounts"][0]["mountPath"]
+    assert proxy["command"] == ["haproxy", "-db", *(word for name in FILES for word in ("-f", f"{folder}/{name}.cfg"))]
     assert gateway["securityContext"] == CONFINED
     assert leads_to({each["name"]: each["value"] for each in gateway["env"]}) == vendors_of_run_yaml()
 
@@ -250,9 +254,11 @@ def vendors_of_run_yaml() -> dict[str, str]:
 
 def leads_to(settings: dict[str, str]) -> dict[str, str]:
     """Where the proxy takes the calls for each URL among a gateway's settings, by what its configuration says."""
-    proxy = (DEPLOY / "egress/haproxy.cfg").read_text()
-    hosts = dict(re.findall(r"^backend (\w+)\n\s+http-request set-header Host (\S+)$", proxy, flags=re.MULTILINE))
-    port = re.search(r'bind "127\.0\.0\.1:\$\{EGRESS_PORT-(\d+)\}"', proxy)
+    vendors = (CONFIGURATION / "vendors.cfg").read_text()
+    hosts = dict(
+        re.findall(r"^backend vendor-(\w+) .*\n(?:.*\n)*?    http-request set-header Host (\S+)$", vendors, flags=re.MULTILINE)
+    )
+    port = re.search(r'bind "127\.0\.0\.1:\$\{EGRESS_PORT-(\d+)\}"', (CONFIGURATION / "egress.cfg").read_text())
     found = {}
     for name, value in settings.items():
         url = urlsplit(value)
@@ -264,10 +270,5 @@ def leads_to(settings: dict[str, str]) -> dict[str, str]:
 
 
 def test_the_egress_proxy_needs_no_setting() -> None:
-    """The sidecar gives it none."""
-    if not HAPROXY:
-        pytest.skip("HAProxy is not installed")
+    """The sidecar gives it none: what it starts without is in test_front_hosts_and_limits.py."""
     assert "env" not in PROXY
-    command = [HAPROXY, "-c", "-f", str(DEPLOY / "egress/haproxy.cfg")]
-    done = subprocess.run(command, env=clean_environ("/"), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
