@@ -90,14 +90,21 @@ class HAProxy:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def raw(self, request: bytes) -> bytes:
-        """What the front answers to these bytes, until it closes the connection: the request should ask for that."""
+        """What the front answers to these bytes: until the connection is closed, or the length is reached that it tells."""
         with self.connect() as connection:
             connection.sendall(request)
             answer = b""
             with contextlib.suppress(ConnectionError):
-                while data := connection.recv(65536):
-                    answer += data
+                while (data := connection.recv(65536)) and not complete(answer := answer + data):
+                    pass
         return answer
+
+
+def complete(answer: bytes) -> bool:
+    """Whether an answer that tells its length has come to its end."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return bool(length) and b"\r\n\r\n" in answer and len(body) >= int(length[1])
 
 
 def answers(port: int) -> bool:

@@ -198,7 +198,7 @@ class NativeVendors(InBackground):
         streamed = b'"stream":true' in call.body.replace(b" ", b"") or ":streamGenerate" in path
         pieces = [json.dumps({"vendor": call.vendor}).encode()]
         if "/status/" in path:
-            status = int(path.rpartition("/")[2])
+            status = int(path.rstrip("/").rpartition("/")[2])
             pieces = [json.dumps({"error": {"message": f"The vendor says {status}.", "type": "x", "code": status}}).encode()]
         elif path.endswith("/redirect"):
             status, more = 302, more | {"location": "https://elsewhere.example/file"}
