@@ -30,15 +30,15 @@ client: $(UV)  ## run main.py with the keys of .env; PROMPT="..." and MODEL="pro
 	$(call first,35)
 	@set -f; for model in $$MODEL; do set -- "$$@" -m "$$model"; done; exec $(UV) run python main.py "$$@" $${PROMPT:+-- "$$PROMPT"}
 
-demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together
+demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together (STAY=1: until Ctrl-C, with a page to open)
 	$(call first,70)
-	@PYTHONPATH=tests $(UV) run --group dev python -m tools.demo
+	@PYTHONPATH=tests $(UV) run --group dev python -m tools.demo $(if $(filter-out 0,$(STAY)),--stay)
 
 test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
-	$(call first,105)
+	$(call first,160)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
-	$(UV) run --group dev --group deploy pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(UV) run --group dev --group deploy --group browser pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 image: $(UV)  ## build the container image with podman, run it and ask every model through it
 	$(UV) run --group dev pytest tests/test_image.py -m slow -s
@@ -55,7 +55,7 @@ libraries: $(UV)  ## the client libraries' tests, with the newest release of eac
 programs: $(UV)  ## the programs of docs/programs.md, each in a folder of its own (asks the package indexes)
 	$(UV) run --group dev pytest tests/test_programs.py -m slow -s
 
-FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_restarts.py test_serve.py)
+FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_heavy_calls.py test_fuzzing.py test_restarts.py test_serve.py)
 
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
 	$(UV) run --group dev pytest $(FAULTS) -m "slow or not slow" --figures tests/faults.md
@@ -64,7 +64,7 @@ workarounds: $(UV)  ## undo what is done about the stock server's traps, one by 
 	@PYTHONPATH=tests $(UV) run --group dev python -m tools.workarounds $(ONLY)
 
 mutants: $(UV)  ## change the project on purpose, and see that a test notices (ONLY=pattern, JOBS=2)
-	@PYTHONPATH=tests $(UV) run --group dev --group deploy python -m tools.mutation --only "$(ONLY)" --jobs $(or $(JOBS),2)
+	@PYTHONPATH=tests $(UV) run --group dev --group deploy --group browser python -m tools.mutation --only "$(ONLY)" --jobs $(or $(JOBS),2)
 
 bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: ROUNDS=1 SECONDS=1)
 	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \

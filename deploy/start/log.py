@@ -1,7 +1,8 @@
 """What the gateway says: its own sentences, and of the server's and HAProxy's lines what may be read by anybody.
 
 The server's log and its tracebacks share one stream, in which tracebacks quote keys and prompts. So only lines of exactly the
-shapes below pass, and of what callers write nothing but a path of plain characters, without what follows the `?`.
+shapes below pass, each of which the server has written at once, and of what callers write nothing but a path of plain characters,
+without what follows the `?`.
 A line goes to whoever reads the log as JSON, and to a person at a terminal in short.
 """
 
@@ -153,8 +154,8 @@ class OfServer:
         self.reason = ""
 
     def take(self, line: str) -> None:
-        """One line, without its end."""
-        if not line.startswith("{"):
+        """What the server has written at once: a line of its log, without its end, or a part of a traceback."""
+        if not line.startswith("{") or "\n" in line:
             self.take_text(line)
         elif found := ACCESS.fullmatch(line):
             if not self.front:  # Which has an access log of its own.
@@ -171,17 +172,16 @@ class OfServer:
         elif not self.taking_calls and '"level": "critical"' in line:
             self.output.put(line.encode() + b"\n")
 
-    def take_text(self, line: str) -> None:
-        """A line of a traceback, or one in which the server says why it does not start."""
+    def take_text(self, text: str) -> None:
+        """A part of a traceback, or words in which the server says why it does not start."""
         for pattern, reason in REASONS:
-            if pattern.match(line):
+            if pattern.match(text):
                 self.reason = reason
-        if self.taking_calls:
-            return
-        if re.match(r'  File ".*, in create_app$|Process SpawnProcess-', line):
-            self.failing()
-        elif line.strip() and not re.match(r" |Traceback|During handling|The above exception", line):
-            self.output.put(line.encode(errors="replace") + b"\n")
+        for line in [] if self.taking_calls else text.splitlines():
+            if re.match(r'  File ".*, in create_app$|Process SpawnProcess-', line):
+                self.failing()
+            elif line.strip() and not re.match(r" |Traceback|During handling|The above exception", line):
+                self.output.put(line.encode(errors="replace") + b"\n")
 
     def note(self, event: str) -> None:
         """Of several workers each takes calls when it is complete; a single one has its port only in the line that comes last."""
