@@ -253,17 +253,3 @@ def test_it_is_used_wherever_haproxy_is_new_enough(project: Path, version: str |
     environ = clean_environ(project, LLAMA_STACK_PORT=str(free_port())) | {"PATH": tools}
     done = subprocess.run(["deploy/serve.sh"], cwd=project, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert f"Calls go {way}" in done.stdout
-
-
-def test_the_configuration_says_so_where_the_proxy_is_started_without_the_script() -> None:
-    for configuration in ("egress/haproxy.cfg", "balancer.cfg"):
-        assert ".if version_before(2.6)" in (PROJECT / "deploy" / configuration).read_text()
-
-
-@needs_haproxy
-@pytest.mark.parametrize("configuration", ["egress/haproxy.cfg", "balancer.cfg"])
-def test_haproxy_finds_nothing_to_say_about_the_configuration(tmp_path: Path, configuration: str) -> None:
-    command = [HAPROXY, "-c", "-f", str(PROJECT / "deploy" / configuration)]
-    said = subprocess.run(command, check=False, env=clean_environ(tmp_path), capture_output=True, text=True, timeout=60)
-    assert said.returncode == 0
-    assert "WARNING" not in said.stderr
