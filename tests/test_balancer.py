@@ -23,11 +23,11 @@ BODIES = (chat("openai/slow", "count to four", stream=True), chat(MODELS[0]))
 
 @pytest.fixture(scope="module")
 def gateways(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Gateway]]:
-    """Two gateways, each with a home of its own, started as the image starts one."""
+    """Two gateways, each with a home of its own, and without a front: the balancer is theirs."""
     if not HAPROXY:
         pytest.skip("HAProxy is not installed (Debian: apt-get install haproxy)")
     folder = tmp_path_factory.mktemp("replicas")
-    pair = {name: Gateway(folder / name, command=START, **vendors.environ()) for name in "ab"}
+    pair = {name: Gateway(folder / name, command=START, FRONT="0", **vendors.environ()) for name in "ab"}
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         for gateway in pair.values():
             stack.callback(gateway.stop)
@@ -145,7 +145,7 @@ def test_a_killed_gateway_loses_what_it_had_in_hand_and_no_more(balancer: HAProx
 
 @pytest.mark.slow
 def test_three_rolling_restarts_and_two_kills(balancer: HAProxy, gateways: dict[str, Gateway]) -> None:
-    """The figures in the README come from here: `make rolling` prints them."""
+    """`make rolling` prints what callers noticed."""
     with Load(balancer.url, BODIES, callers=8) as load:
         load.wait_for_calls()
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""Through the egress proxy, callers get what they would get without it, over connections that stay open."""
+"""Through the egress door, callers get what they would get without it, over connections that stay open."""
 
 import signal
 import socket
@@ -22,36 +22,36 @@ PATHS = {vendor: f"/v1{'beta/openai/v1' if vendor == 'gemini' else ''}/chat/comp
 
 
 def settings(names: NameServer, port: int) -> dict[str, str]:
-    """What leads the proxy to stand-ins at `port` instead of the vendors."""
+    """What leads the egress door to stand-ins at `port` instead of the vendors."""
     nameserver = f"127.0.0.1:{names.port}"
-    return {"EGRESS_PORT": str(free_port()), "EGRESS_NAMESERVER": nameserver, "EGRESS_VENDOR_PORT": str(port)}
+    return {"EGRESS_PORT": str(free_port()), "EGRESS_NAMESTARTR": nameserver, "EGRESS_VENDOR_PORT": str(port)}
 
 
 @pytest.fixture(scope="module")
 def names() -> Iterator[NameServer]:
-    """The name server that the proxy asks."""
+    """The name server that the egress door asks."""
     with NameServer() as names:
         yield names
 
 
 @pytest.fixture(scope="module")
 def wire(vendors: Vendors) -> Iterator[Wire]:
-    """The wire between the proxy and the stand-in vendors."""
+    """The wire between the egress door and the stand-in vendors."""
     with Wire(vendors.tls_port) as wire:
         yield wire
 
 
 @pytest.fixture(scope="module")
 def server(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """The gateway behind the proxy, started by `make server EGRESS=1`."""
+    """A gateway with both doors, with keys in its environment that are none of its business."""
     environ = settings(names, wire.port) | {"SSL_CERT_FILE": str(vendors.ca_file)} | KEY_VARIABLES
-    with Gateway(tmp_path_factory.mktemp("egress"), ("make", "server", "EGRESS=1"), **environ) as server:
+    with Gateway(tmp_path_factory.mktemp("egress"), START, **environ) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def client(server: Gateway) -> Iterator[httpx.Client]:
-    """A caller of the gateway behind the proxy."""
+    """A caller of the gateway."""
     with caller(server.url, timeout=60) as client:
         yield client
 
@@ -63,7 +63,7 @@ def haproxy_of(server: Gateway) -> psutil.Process:
 
 
 def cut_connections(server: Gateway, wire: Wire) -> None:
-    """Close all connections of the proxy to the vendors, and wait until it knows."""
+    """Close all connections of the egress door to the vendors, and wait until it knows."""
     wire.down()
     haproxy = haproxy_of(server)
 
@@ -82,7 +82,7 @@ def ask(client: httpx.Client, model: str = "openai/gpt-4o", prompt: str = "Hello
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_answers_through_it(client: httpx.Client, server: Gateway, vendors: Vendors, wire: Wire, model: str) -> None:
-    prompt = f"through the proxy {model}"
+    prompt = f"through the door {model}"
     cut_connections(server, wire)
     assert ask(client, model, prompt).json()["choices"][0]["message"]["content"].endswith(f"You said: {prompt}")
     assert streamed_text(ask(client, model, prompt, stream=True)).endswith(f"You said: {prompt}")
@@ -97,7 +97,7 @@ def test_every_model_answers_through_it(client: httpx.Client, server: Gateway, v
 
 @pytest.fixture(scope="module")
 def beside(server: Gateway, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A caller of a gateway that is led to the proxy by its settings alone, as in a pod, and past it to the stand-ins."""
+    """A caller of a gateway that is led to the egress door by its settings alone, as in a pod, and past it to the stand-ins."""
     through = {"OPENAI_PASSTHROUGH_URL": f"http://127.0.0.1:{server.settings['EGRESS_PORT']}/openai", "EGRESS": "0"}
     gateway = Gateway(tmp_path_factory.mktemp("beside"), START, **vendors.environ(), **through)
     with gateway, caller(gateway.url, timeout=60) as client:
@@ -106,7 +106,7 @@ def beside(server: Gateway, vendors: Vendors, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("model", EMBEDDINGS)
 def test_embeddings_work_too(beside: httpx.Client, server: Gateway, wire: Wire, model: str) -> None:
-    """OpenAI's take the proxy. Gemini's native provider has a fixed URL and goes to the vendor by itself."""
+    """OpenAI's take the egress door. Gemini's native provider has a fixed URL and goes to the vendor by itself."""
     cut_connections(server, wire)
     opened = wire.opened
     answer = beside.post("/v1/embeddings", headers=ALL_KEYS, json={"model": model, "input": "a text"}).json()
@@ -153,7 +153,7 @@ def test_a_vendor_error_keeps_its_status_and_message(client: httpx.Client, vendo
 def test_a_vendor_that_is_silent_does_not_hold_the_start_up(names: NameServer, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         environ = settings(names, silent.getsockname()[1])
-        with Gateway(tmp_path, ("make", "server", "EGRESS=1"), **environ) as gateway, caller(gateway.url) as client:
+        with Gateway(tmp_path, START, **environ) as gateway, caller(gateway.url) as client:
             assert sorted(model["id"] for model in client.get("/v1/models").json()["data"]) == sorted(MODELS)
 
 
@@ -184,7 +184,7 @@ def test_it_survives_that_the_vendor_closes_idle_connections(client: httpx.Clien
 
 
 def test_a_call_that_meets_a_closing_connection_is_answered(client: httpx.Client, vendors: Vendors, wire: Wire) -> None:
-    """The proxy cannot know yet that the vendor has closed: the server's OpenAI SDK asks again, as it would without it."""
+    """HAProxy cannot know yet that the vendor has closed: the server's OpenAI SDK asks again, as it would without it."""
     assert ask(client).is_success
     wire.fault = "closed"
     assert ask(client, prompt="into a closing connection").is_success
@@ -212,7 +212,7 @@ def test_it_follows_the_vendor_to_a_new_address(client: httpx.Client, wire: Wire
 def test_it_listens_on_loopback_only_and_holds_no_key(server: Gateway) -> None:
     assert listening(int(server.settings["EGRESS_PORT"])) == ["127.0.0.1"]
     environ = haproxy_of(server).environ()
-    assert "EGRESS_PORT" in environ
+    assert "EGRESS_BIND" in environ
     assert "sk-fake" not in str(environ)
 
 
