@@ -66,12 +66,13 @@ workarounds: $(UV)  ## undo what is done about the stock server's traps, one by 
 mutants: $(UV)  ## change the project on purpose, and see that a test notices (ONLY=pattern, JOBS=2)
 	@PYTHONPATH=tests $(UV) run --group dev --group deploy --group browser python -m tools.mutation --only "$(ONLY)" --jobs $(or $(JOBS),2)
 
-bench: $(UV)  ## this gateway beside its peers, about 25 minutes (a quick look: ROUNDS=1 SECONDS=1)
-	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench --rounds $(or $(ROUNDS),3) --seconds $(or $(SECONDS),3) \
-	  --minutes $(or $(MINUTES),28) $(if $(SEED),--seed $(SEED)) --only $(ONLY)
+bench: $(UV)  ## this gateway beside its peers, 15 minutes (PAIRED=1: beside the previous start, in pairs, 10 minutes)
+	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench $(if $(PAIRED),--paired) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) --only $(ONLY)
 
 profile: $(UV)  ## where the server's time goes, sampled with py-spy; SETTINGS=1: what each setting adds or takes off
-	@PYTHONPATH=tests $(UV) run --group dev python -m tools.bench.$(if $(SETTINGS),settings,profiling)
+	@PYTHONPATH=tests ROUNDS=$(ROUNDS) SECONDS=$(SECONDS) $(UV) run --group dev python -m \
+	  tools.bench.$(if $(SETTINGS),settings $(filter-out 1,$(SETTINGS)),profiling)
 
 advisories: $(UV)  ## the known advisories for what uv.lock has (asks osv.dev)
 	@$(UV) audit --preview-features audit-command --frozen || { code=$$?; [ $$code -ne 2 ] || \

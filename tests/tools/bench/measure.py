@@ -116,10 +116,10 @@ class Bench:
             self.skipped[contender.name] = f"it did not start again: {error}"
             del self.contenders[contender.name]
 
-    def regular(self, contender: Contender, callers: int) -> None:
+    def regular(self, contender: Contender, callers: int, seconds: int = 0) -> None:
         """Regular calls for `seconds`: requests/s, latencies in ms, and CPU time a call in ms."""
         before = contender.server.cpu() if contender.server else 0
-        seen = result(wrk(contender.calls["near"], callers, self.seconds, self.folder))
+        seen = result(wrk(contender.calls["near"], callers, seconds or self.seconds, self.folder))
         contender.served += int(seen["served"])
         values = {"rps": seen["per_second"]} | latencies(seen)
         if contender.server and seen["served"]:
@@ -129,7 +129,8 @@ class Bench:
         self.note(contender, **{f"{name}@{callers}": value for name, value in values.items()})
 
     def paced(self, contender: Contender, streams: int, chunks: int) -> None:
-        """`streams` streams at once, a chunk every 50 ms: times in ms, and the share that came to its end."""
+        """`streams` streams at once, a chunk every 50 ms: times and CPU time in ms, and the share that came to its end."""
+        before = contender.server.cpu() if contender.server else 0
         seen = stream(contender.calls["paced"], streams, chunks, 50)
         contender.served += seen.complete
         values = {"complete": seen.complete / streams * 100}
@@ -139,6 +140,8 @@ class Bench:
                 "chunk": percentile(seen.delays, 50) * 1e3,
                 "chunk99": percentile(seen.delays, 99) * 1e3,
             }
+        if contender.server and seen.chunks:
+            values["chunk_cpu"] = (contender.server.cpu() - before) / seen.chunks * 1e3
         self.note(contender, **{f"{name}@{streams}": value for name, value in values.items()})
 
     def far(self, contender: Contender, callers: int) -> None:
@@ -166,7 +169,7 @@ class Bench:
         storm = wrk(contender.calls["wrong"], 8, 10, self.folder)
         try:
             time.sleep(0.5)
-            answers = list(calls_until(contender.calls["near"], time.monotonic() + 4))
+            answers = list(calls_for(4, contender.calls["near"]))
         finally:
             storm.kill()
             storm.communicate()
@@ -203,9 +206,10 @@ def caller(timeout: float) -> httpx.Client:
     return httpx.Client(verify=False, trust_env=False, timeout=timeout, limits=httpx.Limits(max_keepalive_connections=0))
 
 
-def calls_until(call: Call, deadline: float) -> Iterator[tuple[float, bool]]:
-    """Make one call after another until `deadline`; yield how long each took, in seconds, and whether it was served."""
+def calls_for(seconds: float, call: Call) -> Iterator[tuple[float, bool]]:
+    """Make one call after another for `seconds`; yield how long each took, in seconds, and whether it was served."""
     with caller(PATIENCE) as client:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             start, served = time.monotonic(), False
             with contextlib.suppress(httpx.HTTPError):

@@ -26,10 +26,16 @@ NAMES = list(dict.fromkeys(name for names in STEPS.values() for name in names))
 PAIRS = [
     (metric, one, other)
     for one, other in (("again", "previous"), ("both-1", "previous"), ("both-1", "egress"))
-    for metric in ("rps@8", "p50@1", "chunk@50")
+    for metric in ("rps@8", "cpu@8", "p50@1", "chunk@50", "chunk_cpu@50")
 ] + [("rps@8", "native", "portkey"), ("p50@1", "native", "direct"), ("chunk@50", "native", "direct")]
 
-WORDS = {"rps@8": "requests/s, 8 callers", "p50@1": "ms a call, 1 caller", "chunk@50": "ms a chunk, 50 streams"}
+WORDS = {
+    "rps@8": "requests/s, 8 callers",
+    "cpu@8": "ms of CPU a call, 8 callers",
+    "p50@1": "ms a call, 1 caller",
+    "chunk@50": "ms a chunk, 50 streams",
+    "chunk_cpu@50": "ms of CPU a chunk, 50 streams",
+}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -52,17 +58,17 @@ def measure(bench: Bench, rounds: int) -> None:
                     case "rps@8":
                         bench.turn(name, bench.regular, 8)
                     case "p50@1":
-                        bench.turn(name, bench.regular, 1)
+                        bench.turn(name, bench.regular, 1, 1)
                     case "chunk@50":
                         bench.turn(name, bench.paced, 50, 30)
-                    case "complete@300":
+                    case "complete@300" if round_ % 2:
                         bench.turn(name, bench.paced, 300, 20)
 
 
 def report(bench: Bench) -> str:
     """The tables, as they go into paired.md."""
     rows = []
-    titles = {name: contender.title for name, contender in bench.contenders.items()}
+    titles = {name: bench.contenders[name].title if name in bench.contenders else name for name in NAMES}
     for metric, one, other in PAIRS:
         both = [bench.samples[name][metric] for name in (one, other)]
         if not (rounds := both[0].keys() & both[1].keys()):

@@ -114,6 +114,8 @@ class Contender:
 
 def run(*command: object, cwd: Path = PROJECT, **settings: str) -> str:
     """Run an installer. Raises Skipped with the end of what it printed if it fails."""
+    if not shutil.which(str(command[0])):
+        raise Skipped(f"{command[0]} is not installed")
     arguments = list(map(str, command))
     done = subprocess.run(arguments, check=False, cwd=cwd, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
@@ -178,9 +180,10 @@ def previous() -> Path:
     """The project as it was before its start was a program, and before the front: a folder in `.bench/`."""
     folder = CACHE / PREVIOUS
     if not folder.exists():
-        archive = CACHE / f"{PREVIOUS}.tar"
+        archive, unpacked = CACHE / f"{PREVIOUS}.tar", CACHE / f"{PREVIOUS}.part"
         run("git", "archive", "--output", archive, PREVIOUS)
-        shutil.unpack_archive(archive, folder, filter="data")
+        shutil.unpack_archive(archive, unpacked, filter="data")
+        unpacked.rename(folder)
         archive.unlink()
     return folder
 
@@ -345,8 +348,6 @@ def litellm(up: Upstream, home: Path, workers: int) -> Contender:
 
 def portkey(up: Upstream, home: Path) -> Contender:
     """Portkey's gateway on Node.js, one process: it has no workers."""
-    if not shutil.which("npm"):
-        raise Skipped("npm is not installed")
     folder = CACHE / "portkey"
     folder.mkdir(parents=True, exist_ok=True)
     # With a later node-server its streams fail: "TypeError: immutable" (github.com/Portkey-AI/gateway/issues/1389).

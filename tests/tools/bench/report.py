@@ -174,7 +174,7 @@ def compared(r: Results) -> list[str]:
 def svg(r: Results) -> str:
     """Four small bar charts, in one grey and one blue that are legible on GitHub's white and on its dark background."""
     names = compared(r)
-    row, label, width = 22, 210, 420
+    row, label, width = 22, 250, 460
     height = 48 + row * len(names)
     marks = []
     for index, (title, metric) in enumerate(CHARTS.items()):
