@@ -52,7 +52,7 @@ libraries: $(UV)  ## the client libraries' tests, with the newest release of eac
 	  --with openai,openai-agents,langchain-openai,llama-stack-client --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn \
 	  pytest $(addprefix tests/test_,openai_sdk.py openai_agents.py responses.py llama_stack_client.py langchain.py node.py)
 
-FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_restarts.py test_serve.py)
+FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_fuzzing.py test_start_lifetime.py)
 
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
 	$(UV) run --group dev pytest $(FAULTS) -m "slow or not slow" --figures tests/faults.md
