@@ -55,7 +55,7 @@ libraries: $(UV)  ## the client libraries' tests, with the newest release of eac
 programs: $(UV)  ## the programs of docs/programs.md, each in a folder of its own (asks the package indexes)
 	$(UV) run --group dev pytest tests/test_programs.py -m slow -s
 
-FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_heavy_calls.py test_fuzzing.py test_restarts.py test_serve.py)
+FAULTS := $(addprefix tests/,test_vendor_faults.py test_caller_faults.py test_heavy_calls.py test_fuzzing.py test_start_lifetime.py)
 
 faults: $(UV)  ## the long tests of faults, with their figures in tests/faults.md
 	$(UV) run --group dev pytest $(FAULTS) -m "slow or not slow" --figures tests/faults.md

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("openai", "openai-agents", "langchain-openai", "llama-stack-client")
 
 # Files that would keep one process busy when the others have ended, because the alphabet puts them last.
-LONG = ("test_serve", "test_terminal", "test_vendor_faults")
+LONG = ("test_start_lifetime", "test_vendor_faults")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -31,6 +31,10 @@ from settings import PROJECT, Refused, Settings
 SERVER = [sys.executable, "-P", "-c", "from llama_stack.cli.llama import main; main()", "stack", "run", "run.yaml"]
 
 
+ENDED = "The {} has ended, and the gateway with it."
+NOT_STARTED = "The {} did not start. What it said last is above."
+
+
 def main() -> int:
     """Start a gateway, and stay until it has ended. Returns the exit code: 2 where it cannot start."""
     os.umask(0o077)
@@ -66,11 +70,11 @@ def main() -> int:
     warn = lambda sentence: output.say(sentence, "warning")
     for sentence in (*doors.closed, *settings.warnings, *of_providers(config.nowhere), *of_traces(environ)):
         warn(sentence)
-    reachability.check(whom_it_calls(settings, config.vendors, environ), settings, environ, warn)
-    return stay(gateway, settings, doors, output)
+    reachability.check(whom_it_calls(settings, config.vendors, doors, environ), settings, environ, warn)
+    return stay(gateway, settings, doors, output, lines)
 
 
-def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output) -> int:
+def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output, lines: log.OfServer) -> int:
     """Act on what happens, one thing after the other, until nothing of the gateway is left. Returns the exit code.
 
     Kills first and speaks then: whoever reads what is said may be gone.
@@ -90,6 +94,8 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
             case Signal(signal.SIGINT) if stopping:
                 code = 130
                 break
+            case Signal() if not lines.taking_calls:
+                break  # Asked to end, a server that waits for a silent vendor would look up half an hour later.
             case Signal():
                 if not stopping:
                     stopping = True
@@ -100,10 +106,8 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
                 if exit_code != -signal.SIGTERM or not stopping:
                     code = exit_code if exit_code >= 0 else 128 - exit_code
                 if not stopping:
-                    code = code if is_up else 2
-                    last_words = "The server has ended, and the gateway with it."
-                    if not is_up:
-                        last_words = "The server did not start. What it said last is above."
+                    code, last_words = (code, ENDED) if is_up else (2, NOT_STARTED)
+                    last_words = last_words.format("server")
                     break
                 if not gateway.lives("HAProxy"):
                     break
@@ -113,7 +117,8 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
             case Ended("HAProxy") if stopping and not gateway.lives("server"):
                 break
             case Ended(name):
-                code, last_words = 1, f"The {name} has ended, and the gateway with it."
+                code, last_words = (1, ENDED) if is_up or stopping else (2, NOT_STARTED)
+                last_words = last_words.format(name)
                 break
     gateway.kill()
     if code == 2:
@@ -157,12 +162,13 @@ def of_traces(environ: dict[str, str]) -> list[str]:
     ]
 
 
-def whom_it_calls(settings: Settings, vendors: list[run_yaml.Vendor], environ: dict[str, str]) -> list[str]:
+def whom_it_calls(settings: Settings, vendors: list[run_yaml.Vendor], doors: Doors, environ: dict[str, str]) -> list[str]:
     """The URLs of the vendors, and of whom the operator names, to whom calls should come through."""
     of_vendors = [settings.environ.get(vendor.setting) or vendor.url for vendor in vendors]
     named = settings.get("AUTH_JWKS_URI"), environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
-    # Only HAProxy asks this name server.
-    return [*([] if settings.get("EGRESS_NAMESERVER") else of_vendors), *filter(None, named)]
+    # Only HAProxy asks that name server.
+    unknown = doors.egress and settings.get("EGRESS_NAMESERVER")
+    return [*([] if unknown else of_vendors), *filter(None, named)]
 
 
 def where_it_is(settings: Settings, doors: Doors) -> list[str]:

@@ -217,14 +217,15 @@ class OfServer:
 
 def take_haproxy(output: Output, line: str) -> None:
     """One line of HAProxy's: its configuration writes calls as JSON, in which a caller shapes nothing but the path."""
+    said = re.fullmatch(r"\[(ALERT|WARNING)] *\(\d+\) : (.*)", line)
     try:
         call = json.loads(line)
         output.show(call, short_form(call))
     except (ValueError, KeyError, TypeError):
         # What it says of itself, but for what the start has brought about.
         ours = r"Proxy \S+ stopped|Server gateways/a (is UP|enters drain)|backend 'gateways' has no server"
-        if re.match(r"\[(ALERT|WARNING)]", line) and not re.search(ours, line):
-            output.put(line.encode(errors="replace") + b"\n")
+        if said and not re.match(ours, said[2]):
+            output.say(f"HAProxy: {said[2]}", {"ALERT": "error", "WARNING": "warning"}[said[1]])
 
 
 def short_form(call: dict[str, object]) -> str:
