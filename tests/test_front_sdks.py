@@ -107,10 +107,11 @@ def whole(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """The base URL of a front before the real server."""
     folder = tmp_path_factory.mktemp("whole")
     settings = vendors.environ() | {"EGRESS": "0"}
-    with Gateway(folder, SERVE, **settings) as gateway:
-        with HAProxy(folder / "front", BALANCER, GATEWAY_A=f"127.0.0.1:{gateway.port}") as haproxy:
-            haproxy.wait_until_up("a")
-            yield f"{haproxy.url}/v1"
+    gateway = Gateway(folder, SERVE, **settings)
+    balancer = HAProxy(folder / "front", BALANCER, GATEWAY_A=f"127.0.0.1:{gateway.port}")
+    with gateway, balancer:
+        balancer.wait_until_up("a")
+        yield f"{balancer.url}/v1"
 
 
 @pytest.mark.parametrize("model", MODELS)
