@@ -10,8 +10,7 @@ from google import genai
 from google.genai import types
 from support.calls import MODELS, vendor_of
 from support.fronts import NEEDS_HAPROXY, Front, front
-from support.gateway import SERVE, Gateway, eventually
-from support.haproxy import BALANCER, HAProxy
+from support.gateway import START, Gateway, eventually
 from support.vendors import KEYS, Vendors
 
 pytestmark = NEEDS_HAPROXY
@@ -104,14 +103,9 @@ def test_a_vendors_error_has_the_sdks_own_type_and_retries(native: Front) -> Non
 
 @pytest.fixture(scope="module")
 def whole(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a front before the real server."""
-    folder = tmp_path_factory.mktemp("whole")
-    settings = vendors.environ() | {"EGRESS": "0"}
-    gateway = Gateway(folder, SERVE, **settings)
-    balancer = HAProxy(folder / "front", BALANCER, GATEWAY_A=f"127.0.0.1:{gateway.port}")
-    with gateway, balancer:
-        balancer.wait_until_up("a")
-        yield f"{balancer.url}/v1"
+    """The base URL of the real server behind the front."""
+    with Gateway(tmp_path_factory.mktemp("whole"), START, **vendors.environ()) as gateway:
+        yield f"{gateway.url}/v1"
 
 
 @pytest.mark.parametrize("model", MODELS)
