@@ -551,6 +551,8 @@ def read_by_haproxy() -> list[Setting]:
     for file in sorted((PROJECT / "deploy/haproxy").glob("*.cfg")):
         for name, default in re.findall(r"\$\{([A-Z_]+)(?:\[\*\])?(?:-([^}]*))?}", file.read_text()):
             found.append(Setting(name, str(file.relative_to(PROJECT)), "" if default.startswith("@") else default))
+        for name, default in re.findall(r"^    setenv ([A-Z_]+) (\S+)$", file.read_text(), re.MULTILINE):
+            found.append(Setting(name, str(file.relative_to(PROJECT)), default))
     return [setting for setting in found if setting.name not in INTERNAL]
 
 
