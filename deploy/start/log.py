@@ -227,9 +227,9 @@ def take_haproxy(output: Output, line: str) -> None:
         call = json.loads(line)
         output.show(call, short_form(call))
     except (ValueError, KeyError, TypeError):
-        # What it says of itself, but for what the start has brought about.
-        ours = r"Proxy \S+ stopped|Server gateways/a (is UP|enters drain)|backend 'gateways' has no server"
-        if said and not re.match(ours, said[2]):
+        # What it says of itself, but for what the start has brought about, and for vendors that are found at an address.
+        usual = r"Proxy \S+ stopped|Server gateways/a |backend 'gateways' has no server|\S+ changed its IP|Server \S+ .*\bREADY"
+        if said and not re.match(usual, said[2]):
             output.say(f"HAProxy: {said[2]}", {"ALERT": "error", "WARNING": "warning"}[said[1]])
 
 
@@ -237,5 +237,5 @@ def short_form(call: dict[str, object]) -> str:
     """A call on a person's line: the time (UTC), the status, what was asked for or to whom it went, and why it failed."""
     what = f"{call['method']} {call['path']}" if "path" in call else f"to {call['to']}"
     why = str(call.get("why", ""))
-    why = f"  ({why})" if why and not why.endswith("answered so") else ""  # Which the status tells.
+    why = "" if why in ("", "-") or why.endswith("answered so") else f"  ({why})"  # Which the status tells.
     return f"{str(call['time'])[11:19]}  {call['status']}  {what}{why}"
