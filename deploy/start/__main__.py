@@ -64,7 +64,8 @@ def main() -> int:
         )
         doors.close()
     events = gateway.events.put
-    lines = log.OfServer(output, settings.workers, bool(doors.front), lambda: events("up"), lambda: events("failing"))
+    seen_by_haproxy = bool(doors.front), bool(doors.egress)
+    lines = log.OfServer(output, settings.workers, *seen_by_haproxy, lambda: events("up"), lambda: events("failing"))
     gateway.spawn("server", [*wrapper(environ), *SERVER], environ, held, cwd=PROJECT, take=lines.take)
 
     warn = lambda sentence: output.say(sentence, "warning")
