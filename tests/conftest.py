@@ -12,7 +12,7 @@ from openai import OpenAI
 from support.both_ends import BothEnds
 from support.calls import ALL_KEYS, caller
 from support.figures import Figure, write
-from support.gateway import Gateway, copy_project
+from support.gateway import ALONE, Gateway, copy_project
 from support.vendors import Vendors
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("openai", "openai-agents", "langchain-openai", "llama-stack-client")
 
 # Files that would keep one process busy when the others have ended, because the alphabet puts them last.
-LONG = ("test_serve", "test_terminal", "test_vendor_faults")
+LONG = ("test_start_lifetime", "test_vendor_faults")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,9 +76,23 @@ def vendors() -> Iterator[Vendors]:
 
 @pytest.fixture(scope="session")
 def gateway(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """The gateway, started by `make server` in an environment with no key."""
+    """The gateway as `make server` starts it, in an environment with no key: with the front where HAProxy is installed."""
     with Gateway(tmp_path_factory.mktemp("gateway"), **vendors.environ()) as gateway:
         yield gateway
+
+
+@pytest.fixture(scope="session")
+def alone(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """The same without a front, for what the stock server promises by itself."""
+    with Gateway(tmp_path_factory.mktemp("alone"), **ALONE, **vendors.environ()) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def server(alone: Gateway) -> Iterator[httpx.Client]:
+    """A caller of the stock server, without a front."""
+    with caller(alone.url) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from google import genai
 from google.genai import types
 from support.calls import MODELS, vendor_of
 from support.fronts import NEEDS_HAPROXY, Front, front
-from support.gateway import START, Gateway, eventually
+from support.gateway import Gateway, eventually
 from support.vendors import KEYS, Vendors
 
 pytestmark = NEEDS_HAPROXY
@@ -102,10 +102,9 @@ def test_a_vendors_error_has_the_sdks_own_type_and_retries(native: Front) -> Non
 
 
 @pytest.fixture(scope="module")
-def whole(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of the real server behind the front."""
-    with Gateway(tmp_path_factory.mktemp("whole"), START, **vendors.environ()) as gateway:
-        yield f"{gateway.url}/v1"
+def whole(gateway: Gateway) -> str:
+    """The base URL of a gateway with its front."""
+    return f"{gateway.url}/v1"
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,105 +1,230 @@
-"""A gateway is whole or gone: whatever of it ends first, in whatever way, nothing of it is left, and no port is left to others."""
+"""A gateway is whole or gone: whatever of it ends first, in whatever way, nothing of it is left, and no port is left to others.
+
+What needs no call is asked of a start that has just begun. `make faults` runs the long tests too.
+"""
 
 import contextlib
 import errno
 import os
+import random
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
-from support.callers import Stream
+from support.bare_servers import Accepts
+from support.callers import GOOD, Stream, assert_clean, open_stream
 from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat
-from support.gateway import HAPROXY, PROJECT, START, Gateway, clean_environ, eventually, family, free_port, listening
+from support.figures import Figure
+from support.gateway import (
+    ALONE,
+    HAPROXY,
+    NOWHERE,
+    PROJECT,
+    START,
+    Gateway,
+    clean_environ,
+    family,
+    free_port,
+    listening,
+    one_cpu,
+    wait_for,
+)
+from support.network import NameServer
 from support.terminal import Terminal
-from support.vendors import Vendors
+from support.vendors import KEYS, Vendors
 
-pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
-
-# To nowhere, and quickly: the egress door asks a name server that is not there.
-NOWHERE = {"EGRESS_NAMESERVER": "127.0.0.1:9"}
+needs_haproxy = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+CTRL_C = b"\x03"
 SHELL = " ".join(START)
+
+# Both doors, where nobody is behind the egress door: it asks a name server that is not there.
+BOTH_DOORS = {"EGRESS_NAMESERVER": NOWHERE["EGRESS_NAMESERVER"]}
 
 
 class Running:
-    """A gateway with both doors, and all of its processes. `ports` are those of the two doors."""
+    """A gateway, and all of its processes by name. `ports` are those of the doors."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self.all = family(gateway.process.pid)
-        start = next(each for each in self.all if "deploy/start" in each.cmdline()[-1:])
-        children = {each.name(): each for each in start.children()}
-        self.named = {
-            "start": start,
-            "HAProxy": children["haproxy"],
-            "watchdog": children["sh"],
-            "server": next(each for each in start.children() if "run.yaml" in each.cmdline()),
-        }
-        self.ports = (gateway.port, gateway.port + 1)
+        self.gateway, self.ports = gateway, (gateway.port, gateway.port + 1)
+        self.named: dict[str, psutil.Process] = {}
+        self.all: list[psutil.Process] = []
 
-    def assert_gone(self, but: tuple[psutil.Process, ...] = ()) -> None:
-        """All of it has ended, and nobody listens on its ports."""
-        expected = [each for each in self.all if each not in but]
-        _, alive = psutil.wait_procs(expected, 20)
+    def find(self) -> bool:
+        """Look for the processes. Whether those that a start makes are there."""
+        self.all = family(self.gateway.process.pid)
+        for each in self.all:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                line = ["", *each.cmdline(), ""]
+                names = {"deploy/start": "start", "run.yaml": "server", "-db": "HAProxy"}
+                found = {names.get(word) for word in line} - {None} or ({"watchdog"} if "kill -KILL 0" in line[-2] else set())
+                self.named |= dict.fromkeys(found, each)
+        return self.named.keys() >= {"start", "server", "watchdog"} | ({"HAProxy"} if HAPROXY else set())
+
+    def assert_gone(self) -> None:
+        """All of it ends, and nobody listens on its ports."""
+        _, alive = psutil.wait_procs(self.all, 20)
         left = [" ".join(each.cmdline()) for each in alive if each.status() != psutil.STATUS_ZOMBIE]
         assert not left, f"still there: {left}"
         assert not [port for port in self.ports if listening(port)]
 
 
 @contextlib.contextmanager
+def just_begun(home: Path, command: tuple[str, ...] = START, **settings: str) -> Iterator[Running]:
+    """A gateway of which all processes have just been started, and none can take a call yet."""
+    gateway = Gateway(home, command, **BOTH_DOORS | settings)
+    gateway.launch()
+    found = Running(gateway)
+    try:
+        wait_for(found.find, seen=lambda: f"{found.named}: {gateway.log}")
+        yield found
+    finally:
+        gateway.stop(3)
+
+
+@contextlib.contextmanager
 def running(home: Path, command: tuple[str, ...] = START, **settings: str) -> Iterator[Running]:
-    """Both doors and the server, up."""
-    gateway = Gateway(home, command, **NOWHERE, **settings)
-    with gateway:
+    """A gateway that takes calls."""
+    with Gateway(home, command, **settings) as gateway:
         found = Running(gateway)
-        try:
-            yield found
-        finally:
-            for each in found.all:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
+        found.find()
+        yield found
 
 
-@pytest.mark.parametrize(
-    ("victim", "workers"), [("start", "2"), ("server", "2"), ("HAProxy", "1"), ("watchdog", "1")], ids=lambda value: value
-)
-def test_when_a_part_is_killed_nothing_is_left(tmp_path: Path, victim: str, workers: str) -> None:
-    with running(tmp_path, LLAMA_STACK_WORKERS=workers) as gateway:
+@pytest.fixture(scope="module")
+def reachable(vendors: Vendors) -> Iterator[dict[str, str]]:
+    """The settings with which both doors reach the stand-in vendors."""
+    with NameServer() as names:
+        yield {
+            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
+            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
+            "SSL_CERT_FILE": str(vendors.ca_file),
+        } | ({} if HAPROXY else vendors.environ())
+
+
+# --- What is killed, or closed, or leaves ---
+
+
+@pytest.mark.parametrize("victim", ["start", "server"])
+def test_when_a_part_is_killed_nothing_is_left(tmp_path: Path, vendors: Vendors, figures: list[Figure], victim: str) -> None:
+    """With two workers, and streams through both. Callers see their connections break."""
+    with running(tmp_path, LLAMA_STACK_WORKERS="2", **vendors.environ()) as gateway:
+        streams = [Stream(gateway.gateway, "openai/slow", "one two three " * 60) for _ in range(4)]
+        start = time.monotonic()
         gateway.named[victim].kill()
         code = gateway.gateway.process.wait(20)
         gateway.assert_gone()
-        if victim != "start":
-            assert code > 0
-            assert f"The {victim} has ended, and the gateway with it." in gateway.gateway.log
+        for stream in streams:
+            stream.join(20)
+            assert stream.problem, stream.lines[-3:]
+    figures.append(
+        Figure(f"SIGKILL of the {victim} with 4 streams in flight", "each connection breaks", time.monotonic() - start)
+    )
+    assert_clean(gateway.gateway)
+    if victim == "server":
+        assert code == 128 + signal.SIGKILL
+        assert "The server has ended, and the gateway with it." in gateway.gateway.log
+    # Its port and its store are there for the next one.
+    assert Gateway(tmp_path, LLAMA_STACK_PORT=str(gateway.gateway.port)).environ_at_start()
+
+
+def can_listen(rival: socket.socket, address: str, port: int) -> bool:
+    """Whether a socket can be bound there, and listen."""
+    try:
+        rival.bind((address, port))
+        rival.listen()
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
+
+
+@needs_haproxy
+def test_when_haproxy_is_killed_nobody_else_gets_the_egress_port_and_nothing_is_left(tmp_path: Path) -> None:
+    """The start is kept from noticing for a while: the server, which sends keys there, and the watchdog hold the port."""
+    with just_begun(tmp_path) as gateway:
+        gateway.named["start"].suspend()
+        gateway.named["HAProxy"].kill()
+        wait_for(lambda: gateway.named["HAProxy"].status() == psutil.STATUS_ZOMBIE)
+        for address in ("127.0.0.1", ""):
+            with socket.socket() as rival:
+                rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                assert not can_listen(rival, address, gateway.ports[1])
+        gateway.named["start"].resume()
+        assert gateway.gateway.process.wait(20) == 2
+        gateway.assert_gone()
+        assert "The HAProxy did not start." in gateway.gateway.log
+
+
+def test_when_the_watchdog_is_killed_nothing_is_left(tmp_path: Path) -> None:
+    with just_begun(tmp_path) as gateway:
+        gateway.named["watchdog"].kill()
+        assert gateway.gateway.process.wait(20) == 2
+        gateway.assert_gone()
+
+
+def test_a_start_that_is_killed_at_any_moment_leaves_nothing(tmp_path: Path) -> None:
+    moments = random.Random(1)
+    for number in range(8):
+        gateway = Gateway(tmp_path, **BOTH_DOORS)
+        gateway.launch()
+        time.sleep(moments.uniform(0.02, 0.5))
+        gateway.process.kill()
+        gateway.process.wait()
+        wait_for(lambda: not family(gateway.process.pid), 20, seen=lambda: f"{number}: {family(gateway.process.pid)}")  # noqa: B023
 
 
 def test_ctrl_c_into_a_pipe_leaves_nothing(tmp_path: Path) -> None:
     """`tee` dies first, so that the start has nobody to speak to."""
-    with running(tmp_path, ("sh", "-c", f"{SHELL} 2>&1 | tee {tmp_path / 'log'}")) as gateway:
+    with just_begun(tmp_path, ("sh", "-c", f"{SHELL} 2>&1 | tee {tmp_path / 'log'}")) as gateway:
         gateway.gateway.signal(signal.SIGINT)
         gateway.assert_gone()
 
 
-def test_a_reader_of_the_log_that_has_gone_stops_nothing(tmp_path: Path, vendors: Vendors) -> None:
-    gateway = Gateway(tmp_path, ("sh", "-c", f"{SHELL} 2>&1 | head -2"), **vendors.environ())
-    with gateway, caller(gateway.url) as client:
-        for _ in range(5):
-            assert client.post(CHAT, headers=ALL_KEYS, json=chat(MODELS[0])).is_success
-        start = next(each for each in family(gateway.process.pid) if "deploy/start" in each.cmdline()[-1:])
-        whole = [start, *start.children(recursive=True)]
-        start.terminate()
+def test_a_closed_terminal_leaves_nothing(tmp_path: Path) -> None:
+    with Terminal(START, clean_environ(tmp_path, LLAMA_STACK_PORT=str(free_port()), **BOTH_DOORS)) as at:
+        wait_for(lambda: len(family(at.process.pid)) >= 4, seen=lambda: at.screen)
+        whole = family(at.process.pid)
+        at.hang_up()
         _, alive = psutil.wait_procs(whole, 20)
         assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_nohup_outlives_the_terminal(tmp_path: Path) -> None:
+    with just_begun(tmp_path, ("sh", "-c", f"trap '' HUP; exec {SHELL}")) as gateway:
+        gateway.named["start"].send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert gateway.named["server"].is_running()
+        gateway.named["start"].terminate()
+        assert gateway.gateway.process.wait(20) == 0, gateway.gateway.log
+        gateway.assert_gone()
+
+
+# --- Who reads the log ---
+
+
+def test_a_reader_of_the_log_that_has_gone_stops_nothing(tmp_path: Path, vendors: Vendors) -> None:
+    with (
+        running(tmp_path, ("sh", "-c", f"{SHELL} 2>&1 | head -2"), **vendors.environ()) as gateway,
+        caller(gateway.gateway.url) as client,
+    ):
+        for model, status in ((MODELS[0], 200), ("openai/status-401", 401)):
+            for _ in range(5):
+                assert client.post(CHAT, headers=ALL_KEYS, json=chat(model)).status_code == status
+        gateway.named["start"].terminate()
+        gateway.assert_gone()
 
 
 def test_a_reader_of_the_log_that_is_stuck_stops_nothing_and_is_told(tmp_path: Path, vendors: Vendors) -> None:
     """A pipe is full after 64 KB. Lines are dropped, and when the reader goes on it is told how many."""
     reading, writing = os.pipe()
     port = str(free_port())
-    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=port, FRONT="0", **vendors.environ())
+    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=port, **ALONE, **vendors.environ())
     with subprocess.Popen(START, env=environ, stdout=writing, cwd=PROJECT) as start, caller(f"http://127.0.0.1:{port}") as client:
         os.close(writing)
         try:
@@ -116,56 +241,180 @@ def test_a_reader_of_the_log_that_is_stuck_stops_nothing_and_is_told(tmp_path: P
                 read += os.read(reading, 65536)
                 return b"lines of the log are missing" in read
 
-            assert eventually(told, 30), read[-2000:]
+            wait_for(told, 30, seen=lambda: read[-2000:])
         finally:
             start.terminate()
             os.close(reading)
             assert start.wait(20) == 0
 
 
-def test_a_closed_terminal_leaves_nothing(tmp_path: Path) -> None:
-    port = free_port()
-    with Terminal(START, clean_environ(tmp_path, LLAMA_STACK_PORT=str(port), **NOWHERE)) as at:
+# --- How it stops ---
+
+
+def test_a_stop_lets_streams_finish_and_refuses_new_calls(
+    tmp_path: Path, vendors: Vendors, reachable: dict[str, str], figures: list[Figure]
+) -> None:
+    """SIGTERM, with two workers and all doors. A stream on a native path finishes too, after the server has ended."""
+    with running(tmp_path, LLAMA_STACK_WORKERS="2", **reachable) as running_, caller(running_.gateway.url) as client:
+        gateway = running_.gateway
+        streams = [Stream(gateway, "openai/slow", "one two three") for _ in range(4)]
+        if HAPROXY:
+            native = {
+                "headers": {"Authorization": f"Bearer {KEYS['openai']}"},
+                "model": "slow",
+                "path": "/openai/v1/chat/completions",
+            }
+            streams.append(Stream(gateway, prompt="one two three " * 4, **native))
+        start = time.monotonic()
+        gateway.process.terminate()
+        if HAPROXY:
+            wait_for(lambda: client.get("/v1/health").status_code == 503, 10)
+            assert "is stopping" in client.get("/v1/health").json()["error"]["message"]
+        else:
+            wait_for(lambda: not gateway.answers(), 10)
+        assert any(stream.is_alive() for stream in streams)
+        for stream in streams:
+            stream.join(60)
+            assert stream.finished, (stream.problem, stream.lines[-3:])
+        assert gateway.process.wait(20) == 0
+        running_.assert_gone()
+    outcome = "new calls are refused, the streams finish"
+    figures.append(Figure("SIGTERM with 4 streams in flight", outcome, time.monotonic() - start))
+    assert "The gateway has stopped." in gateway.log.splitlines()[-1]
+    assert_clean(gateway)
+
+
+def test_ctrl_c_lets_streams_finish_and_a_second_one_ends_them(tmp_path: Path, vendors: Vendors) -> None:
+    """Left to itself the stock server would hang, with a stream open that never ends."""
+    gateway = Gateway(tmp_path, LLAMA_STACK_WORKERS="2", **vendors.environ())
+    with Terminal(START, clean_environ(tmp_path, **gateway.settings)) as at:
         at.wait_for("The gateway answers")
-        whole = family(at.process.pid)
-    _, alive = psutil.wait_procs(whole, 20)
-    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+        finite, endless = Stream(gateway, "openai/slow", "one two three"), Stream(gateway, "openai/stall", "one")
+        at.press(CTRL_C)
+        at.wait_for("The gateway stops when the calls in flight have ended. Ctrl-C ends it at once.")
+        finite.join(60)
+        assert finite.finished, (finite.problem, finite.lines[-3:])
+        assert endless.is_alive()
+        at.press(CTRL_C)
+        assert at.wait(10) == 130
+        endless.join(10)
+        assert endless.problem
+    assert not listening(gateway.port)
 
 
-def can_listen(rival: socket.socket, address: str, port: int) -> bool:
-    """Whether a socket can be bound there, and listen."""
-    try:
-        rival.bind((address, port))
-        rival.listen()
-    except OSError as error:
-        return error.errno != errno.EADDRINUSE
-    return True
+def test_ctrl_c_ends_a_start_that_a_silent_vendor_holds_up(tmp_path: Path) -> None:
+    """Asked to end, the stock server looks up when the vendor has answered, which may take half an hour."""
+    with Accepts() as silent:
+        vendor = {"OPENAI_PASSTHROUGH_URL": f"http://127.0.0.1:{silent.port}"}
+        environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(free_port()), **NOWHERE, **vendor)
+        with Terminal(START, environ) as at:
+            wait_for(lambda: len(silent.kept) > 1, seen=lambda: at.screen)  # The first one is only to see whether it is there.
+            at.press(CTRL_C)
+            assert at.wait(10) == 0
+            assert at.screen.endswith("The gateway has stopped.\n")
 
 
-def test_nobody_else_gets_the_egress_port_while_the_server_lives(tmp_path: Path) -> None:
-    """HAProxy is dead, and the start is kept from noticing: the server, which sends keys there, holds the port itself."""
-    with running(tmp_path) as gateway:
-        gateway.named["start"].suspend()
-        gateway.named["HAProxy"].kill()
-        assert eventually(lambda: gateway.named["HAProxy"].status() == psutil.STATUS_ZOMBIE)
-        for address in ("127.0.0.1", ""):
-            with socket.socket() as rival:
-                rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                assert not can_listen(rival, address, gateway.ports[1])
-        gateway.named["start"].resume()
+def test_a_server_that_dies_while_it_stops_is_told_by_the_exit_code(tmp_path: Path, vendors: Vendors) -> None:
+    with running(tmp_path, **ALONE, **vendors.environ()) as gateway, open_stream(gateway.gateway, "openai/stall"):
+        gateway.gateway.process.terminate()
+        wait_for(lambda: "The gateway stops" in gateway.gateway.log)
+        gateway.named["server"].kill()
+        assert gateway.gateway.process.wait(20) == 128 + signal.SIGKILL
         gateway.assert_gone()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_stop_lets_streams_finish_and_refuses_new_calls(tmp_path: Path, vendors: Vendors, workers: str) -> None:
-    with Gateway(tmp_path, START, LLAMA_STACK_WORKERS=workers, **vendors.environ()) as gateway, caller(gateway.url) as client:
-        stream = Stream(gateway, "openai/slow", "count to ten")
-        gateway.process.terminate()
-        assert eventually(lambda: client.get("/v1/health").status_code == 503, 10)
-        assert "is stopping" in client.get("/v1/health").json()["error"]["message"]
-        stream.join(60)
-        assert stream.finished
-        assert gateway.process.wait(20) == 0
-    assert gateway.log.splitlines()[-1].count("The gateway has stopped.")
-    assert os.path.exists(gateway.log_file)
+@pytest.mark.slow
+def test_sigterm_waits_for_a_vendor_that_never_answers(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
+    """As long as the caller does."""
+    with running(tmp_path, **vendors.environ()) as gateway:
+        with open_stream(gateway.gateway, "openai/stall"):
+            gateway.gateway.signal(signal.SIGTERM)
+            time.sleep(5)
+            assert gateway.named["server"].is_running()
+        start = time.monotonic()
+        gateway.assert_gone()
+    figures.append(
+        Figure("SIGTERM with a vendor that never answers", "waits until the caller hangs up", time.monotonic() - start)
+    )
+
+
+# --- How it fails to start ---
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_what_the_server_says_when_it_cannot_start_is_shown(
+    project: Path, tmp_path: Path, figures: list[Figure], workers: str
+) -> None:
+    """Several workers fail one after the other on one CPU. uvicorn would start them again for ever."""
+    (project / "run.yaml").write_text((project / "run.yaml").read_text().replace("remote::gemini", "remote::nobody"))
+    gateway = Gateway(tmp_path / "home", cwd=project, LLAMA_STACK_WORKERS=workers, **NOWHERE)
+    start = time.monotonic()
+    with one_cpu():
+        gateway.launch()
+        try:
+            assert gateway.process.wait(120) == 2
+        finally:
+            gateway.stop()
+    fault = f"run.yaml names an unknown provider, {workers} worker{'s' * (workers > '1')}"
+    figures.append(Figure(fault, "a sentence, exit code 2", time.monotonic() - start))
+    assert "Provider `remote::nobody` is not available" in gateway.log
+    assert gateway.log.endswith("The server did not start. What it said last is above.\n")
+    assert "Traceback" not in gateway.log
+    assert 'File "' not in gateway.log
+
+
+@needs_haproxy
+def test_what_haproxy_says_when_it_cannot_start_is_shown(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path, EGRESS_CA="/no/such")
+    gateway.launch()
+    assert gateway.process.wait(60) == 2
+    assert "HAProxy: config : 'ca-file' : unable to load /no/such." in gateway.log
+    assert gateway.log.endswith("The HAProxy did not start. What it said last is above.\n")
+
+
+@pytest.mark.slow
+def test_a_boot_waits_for_a_vendor_that_accepts_and_never_answers(tmp_path: Path, figures: list[Figure]) -> None:
+    """It asks each vendor for its models first, with the 600 s and three attempts of any call; SIGTERM waits as well."""
+    with Accepts() as silent:
+        gateway = Gateway(tmp_path, OPENAI_PASSTHROUGH_URL=f"http://127.0.0.1:{silent.port}", **NOWHERE)
+        with pytest.raises(RuntimeError, match="did not start"):
+            gateway.start(40)
+        assert len(silent.kept) == 2
+    figures.append(Figure("vendor accepts and never answers while the gateway boots", "still not up after 40 s"))
+
+
+# --- Its workers ---
+
+
+@pytest.mark.slow
+def test_workers_that_are_short_of_cpu_come_up(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
+    """uvicorn replaces a worker that does not answer for 5 s, also while it starts."""
+    gateway = Gateway(tmp_path, LLAMA_STACK_WORKERS="8", **vendors.environ())
+    with one_cpu():
+        up, replaced, seconds = gateway.start_workers(200)
+    assert (up, replaced) == (8, 0)
+    figures.append(Figure("8 workers start on one CPU", "all come up, none is replaced", seconds))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced(vendors: Vendors, tmp_path: Path, figures: list[Figure]) -> None:
+    with Gateway(tmp_path, LLAMA_STACK_WORKERS="2", **vendors.environ()) as gateway:
+
+        def calls(count: int) -> int:
+            """How many of `count` calls were answered."""
+            good = 0
+            with caller(gateway.url) as client:
+                for _ in range(count):
+                    with contextlib.suppress(httpx.TransportError):
+                        good += client.post(CHAT, headers=ALL_KEYS, json=GOOD).is_success
+            return good
+
+        victim = gateway.workers[0]
+        os.kill(victim, signal.SIGKILL)
+        good = calls(20)
+        assert good >= 19
+        seconds = wait_for(lambda: gateway.log.count("Application startup complete") == 3, seen=lambda: gateway.log)
+        assert len(gateway.workers) == 2
+        assert victim not in gateway.workers
+        assert calls(20) == 20
+        figures.append(Figure("one of 2 workers killed", f"replaced; {good} of the next 20 calls served", seconds))

@@ -31,9 +31,15 @@ from settings import PROJECT, Refused, Settings
 SERVER = [sys.executable, "-P", "-c", "from llama_stack.cli.llama import main; main()", "stack", "run", "run.yaml"]
 
 
+ENDED = "The {} has ended, and the gateway with it."
+NOT_STARTED = "The {} did not start. What it said last is above."
+
+
 def main() -> int:
     """Start a gateway, and stay until it has ended. Returns the exit code: 2 where it cannot start."""
     os.umask(0o077)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback while there is nothing else to end.
     try:
         config = run_yaml.read()
         settings = settings_.read(os.environ, config.defaults)
@@ -45,8 +51,9 @@ def main() -> int:
     allow_many_files()
 
     output = log.Output()
-    gateway = Gateway(held=[each.fileno() for each in doors.egress.sockets] if doors.egress else [])
-    gateway.note_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    held = [each.fileno() for each in doors.egress.sockets] if doors.egress else []
+    gateway = Gateway(held)
+    gateway.watch(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     output.say("The gateway starts. It asks each vendor for its models first, and waits for one that is silent.")
 
     environ = environment.for_server(settings, config.vendors, doors, folder)
@@ -57,24 +64,22 @@ def main() -> int:
         )
         doors.close()
     events = gateway.events.put
-    lines = log.OfServer(output, settings.workers, bool(doors.front), lambda: events("up"), lambda: events("failing"))
-    held = [each.fileno() for each in doors.egress.sockets] if doors.egress else []
+    seen_by_haproxy = bool(doors.front), bool(doors.egress)
+    lines = log.OfServer(output, settings.workers, *seen_by_haproxy, lambda: events("up"), lambda: events("failing"))
     gateway.spawn("server", [*wrapper(environ), *SERVER], environ, held, cwd=PROJECT, take=lines.take)
 
-    for sentence in (*doors.closed, *settings.warnings, *of_traces(environ)):
-        output.say(sentence, "warning")
-    named = [settings.get("AUTH_JWKS_URI"), environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")]
-    urls = [*(settings.environ.get(vendor.setting) or vendor.url for vendor in config.vendors), *filter(None, named)]
-    reachability.check(urls, settings, environ, lambda sentence: output.say(sentence, "warning"))
-    return stay(gateway, settings, doors, output)
+    warn = lambda sentence: output.say(sentence, "warning")
+    for sentence in (*doors.closed, *settings.warnings, *of_providers(config.nowhere), *of_traces(environ)):
+        warn(sentence)
+    reachability.check(whom_it_calls(settings, config.vendors, doors, environ), settings, environ, warn)
+    return stay(gateway, settings, doors, output, lines)
 
 
-def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output) -> int:
+def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output, lines: log.OfServer) -> int:
     """Act on what happens, one thing after the other, until nothing of the gateway is left. Returns the exit code.
 
     Kills first and speaks then: whoever reads what is said may be gone.
     """
-    gateway.note_ends()
     is_up, stopping, code, last_words = False, False, 0, "The gateway has stopped."
     while True:
         event = gateway.events.get()
@@ -90,6 +95,8 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
             case Signal(signal.SIGINT) if stopping:
                 code = 130
                 break
+            case Signal() if not lines.taking_calls:
+                break  # Asked to end, a server that waits for a silent vendor would look up half an hour later.
             case Signal():
                 if not stopping:
                     stopping = True
@@ -97,11 +104,11 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
                     gateway.signal("server", signal.SIGTERM)
                     output.say("The gateway stops when the calls in flight have ended. Ctrl-C ends it at once.")
             case Ended("server", exit_code):
+                if exit_code != -signal.SIGTERM or not stopping:
+                    code = exit_code if exit_code >= 0 else 128 - exit_code
                 if not stopping:
-                    code = (exit_code if exit_code >= 0 else 128 - exit_code) if is_up else 2
-                    last_words = "The server has ended, and the gateway with it."
-                    if not is_up:
-                        last_words = "The server did not start. What it said last is above."
+                    code, last_words = (code, ENDED) if is_up else (2, NOT_STARTED)
+                    last_words = last_words.format("server")
                     break
                 if not gateway.lives("HAProxy"):
                     break
@@ -111,7 +118,8 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output)
             case Ended("HAProxy") if stopping and not gateway.lives("server"):
                 break
             case Ended(name):
-                code, last_words = 1, f"The {name} has ended, and the gateway with it."
+                code, last_words = (1, ENDED) if is_up or stopping else (2, NOT_STARTED)
+                last_words = last_words.format(name)
                 break
     gateway.kill()
     if code == 2:
@@ -138,6 +146,14 @@ def wrapper(environ: dict[str, str]) -> list[str]:
     return [os.path.join(os.path.dirname(sys.executable), "opentelemetry-instrument")]
 
 
+def of_providers(nowhere: list[str]) -> list[str]:
+    """What an operator should know who has added a provider of which run.yaml does not say where it connects to."""
+    return [
+        f"Calls to the provider {name} may fail: it has no base_url in run.yaml. Name the host that it calls in NO_PROXY."
+        for name in nowhere
+    ]
+
+
 def of_traces(environ: dict[str, str]) -> list[str]:
     """What an operator should know who asks for traces."""
     if environ.get("OTEL_TRACES_EXPORTER", "none") == "none":
@@ -145,6 +161,15 @@ def of_traces(environ: dict[str, str]) -> list[str]:
     return [
         "Traces are exported: spans have the path of each call, the URLs that callers name for MCP servers, and `tracestate`."
     ]
+
+
+def whom_it_calls(settings: Settings, vendors: list[run_yaml.Vendor], doors: Doors, environ: dict[str, str]) -> list[str]:
+    """The URLs of the vendors, and of whom the operator names, to whom calls should come through."""
+    of_vendors = [settings.environ.get(vendor.setting) or vendor.url for vendor in vendors]
+    named = settings.get("AUTH_JWKS_URI"), environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    # Only HAProxy asks that name server.
+    unknown = doors.egress and settings.get("EGRESS_NAMESERVER")
+    return [*([] if unknown else of_vendors), *filter(None, named)]
 
 
 def where_it_is(settings: Settings, doors: Doors) -> list[str]:

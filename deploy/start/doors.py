@@ -11,7 +11,10 @@ FRONT=0 and EGRESS=0 close one of them. FRONT=1 and EGRESS=1 refuse to start whe
 """
 
 import contextlib
+import errno
+import hashlib
 import os
+import random
 import re
 import shutil
 import socket
@@ -22,6 +25,13 @@ from pathlib import Path
 from settings import PROJECT, Refused, Settings
 
 CONFIGURATION = PROJECT / "deploy" / "haproxy"
+
+# The loopback address that is `localhost` as well, for each on which the gateway may listen.
+HELD = (
+    ("127.0.0.1", socket.AF_INET6, "::1"),
+    ("0.0.0.0", socket.AF_INET6, "::1"),
+    ("::1", socket.AF_INET, "127.0.0.1"),
+)
 
 # Debian keeps it where only root looks.
 SEARCHED = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin"))
@@ -108,21 +118,24 @@ def open_doors(settings: Settings, run_folder: Path) -> Doors:
     `run_folder` is a folder that only we may write to.
     """
     haproxy, front, egress, closed = decide(settings)
-    refuse_taken(settings)
-    if not front:
-        doors = Doors(settings.host, settings.port, closed=closed)
+    opened = listen(settings.host, settings.port, "LLAMA_STACK_PORT")
+    held = hold_other_loopback(settings)
+    if front:
+        doors = Doors("127.0.0.1", free_port(), Door(settings.port, opened), closed=closed, held=held)
     else:
-        doors = Doors("127.0.0.1", free_port(), closed=closed)
-        doors.front = Door(settings.port, listen(settings.host, settings.port, "LLAMA_STACK_PORT"))
-    if settings.for_this_machine_alone:
-        doors.held += hold_other_loopback(settings)
+        doors = Doors(settings.host, settings.port, closed=closed, held=held)
+        for each in opened:  # Which the server opens itself. So far it is known that nobody else has it.
+            each.close()
     if egress:
         doors.egress = Door(settings.egress_port, listen("127.0.0.1", settings.egress_port, "EGRESS_PORT"))
     if front or egress:
         doors.haproxy = haproxy
         doors.vendors = set(re.findall(r"^backend vendor-(\S+)", (CONFIGURATION / "vendors.cfg").read_text(), re.MULTILINE))
-        doors.admin, doors.control = admin_sockets(run_folder)
-        doors.environ = environ_of(doors, settings, run_folder)
+        try:
+            doors.admin, doors.control = admin_sockets(run_folder)
+            doors.environ = environ_of(doors, settings, run_folder)
+        except OSError as error:
+            raise Refused(f"SQLITE_STORE_DIR is {run_folder}, which cannot be used: {error}.") from error
     return doors
 
 
@@ -164,18 +177,6 @@ def find_haproxy() -> str:
     return ""
 
 
-def refuse_taken(settings: Settings) -> None:
-    """Raise Refused if somebody answers on our port of this machine's loopback addresses: clients may send it their keys.
-
-    Another address than loopback is the server's own to say that it is taken.
-    """
-    if settings.for_this_machine_alone and settings.host in ("127.0.0.1", "::1", "localhost"):
-        for address in ("127.0.0.1", "::1"):
-            with contextlib.suppress(OSError):
-                socket.create_connection((address, settings.port), timeout=1).close()
-                raise Refused(taken(settings.port, "LLAMA_STACK_PORT"))
-
-
 def taken(port: int, setting: str) -> str:
     """The sentence for a port that is in use."""
     if setting == "EGRESS_PORT":
@@ -185,60 +186,71 @@ def taken(port: int, setting: str) -> str:
 
 def listen(host: str, port: int, setting: str) -> list[socket.socket]:
     """Listening sockets on all addresses that `host` stands for. Raises Refused where one cannot be had."""
-    sockets = []
+    sockets, missing = [], None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
-            sockets.append(opened := socket.socket(family))
+    except (OSError, UnicodeError) as error:
+        raise Refused(f"LLAMA_STACK_HOST is '{host}': {getattr(error, 'strerror', None) or 'not a name'}.") from error
+    for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+        try:
+            opened = socket.socket(family)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:  # Only `::` stands for IPv4 as well.
                 opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
             opened.bind(address)
             opened.listen(1024)
-    except OSError as error:
-        for each in sockets:
-            each.close()
-        if error.errno in (98, 48):  # EADDRINUSE, Linux's and macOS's.
-            raise Refused(taken(port, setting)) from error
-        raise Refused(f"LLAMA_STACK_HOST is '{host}', LLAMA_STACK_PORT is '{port}': {error.strerror}.") from error
+            sockets.append(opened)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise Refused(taken(port, setting)) from error
+            missing = error  # `localhost` may be ::1 as well where there is no IPv6.
+    if missing and not sockets:
+        raise Refused(f"LLAMA_STACK_HOST is '{host}', LLAMA_STACK_PORT is '{port}': {missing.strerror}.") from missing
     return sockets
 
 
 def hold_other_loopback(settings: Settings) -> list[socket.socket]:
-    """Sockets on the loopback addresses on which the gateway does not listen, so that nobody else is `localhost` later."""
+    """Sockets on the loopback address on which the gateway does not listen. Raises Refused where somebody else does.
+
+    It is `localhost` to many clients, which may send their keys there. Held, so that nobody else can be that later.
+    """
     held = []
-    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-        if settings.host in ("127.0.0.1", "::1") and settings.host != address:
-            with contextlib.suppress(OSError):  # No IPv6 here, say.
-                other = socket.socket(family)
-                held.append(other)
-                other.bind((address, settings.port))
+    for host, family, other in HELD:
+        if settings.host == host:
+            try:
+                held.append(socket.socket(family))
+                held[-1].bind((other, settings.port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise Refused(taken(settings.port, "LLAMA_STACK_PORT")) from error
     return held
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 for the server behind the front, which nobody needs to know."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of 127.0.0.1 for the server behind the front, which nobody needs to know.
+
+    Below those that the kernel gives to outgoing connections, one of which could get it before the server does.
+    """
+    for port in random.sample(range(20_000, 32_000), 1_000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise Refused("None of 1,000 ports between 20,000 and 32,000 is free for the server behind the front.")
 
 
 def admin_sockets(run_folder: Path) -> tuple[socket.socket, socket.socket]:
     """A listening Unix socket for HAProxy, and a connection to it."""
-    here = os.getcwd()
+    here, name = os.getcwd(), f"haproxy.{os.getpid()}"
     os.chdir(run_folder)  # A Unix socket's path may have 100 characters, and a folder's many more.
-    try:
-        name = f"haproxy.{os.getpid()}"
-        Path(name).unlink(missing_ok=True)
-        listening, connected = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-        listening.bind(name)
-        listening.listen(1)
-        connected.connect(name)
-        Path(name).unlink()
-        # More than one command, whenever it comes. 24 days are the most that HAProxy knows.
-        connected.sendall(b"prompt\nset timeout cli 24d\n")
-    finally:
-        os.chdir(here)
+    Path(name).unlink(missing_ok=True)
+    listening, connected = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    listening.bind(name)
+    listening.listen(1)
+    connected.connect(name)
+    # More than one command, whenever it comes. 24 days are the most that HAProxy knows.
+    connected.sendall(b"prompt\nset timeout cli 24d\n")
+    Path(name).unlink()
+    os.chdir(here)
     return listening, connected
 
 
@@ -254,9 +266,14 @@ def environ_of(doors: Doors, settings: Settings, run_folder: Path) -> dict[str, 
 
 
 def linked(run_folder: Path, certificate: str, key: str) -> Path:
-    """The certificate and its key under the two names by which HAProxy 2.6 takes them from two files."""
-    path = run_folder / "front.pem"
-    for link, target in ((path, certificate), (path.with_name("front.pem.key"), key)):
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path(target).absolute())
+    """The certificate and its key under the two names by which HAProxy 2.6 takes them from two files.
+
+    They tell which certificate it is, because another gateway with the same folder may have another one.
+    """
+    path = run_folder / f"front-{hashlib.sha256(f'{certificate} {key}'.encode()).hexdigest()[:8]}.pem"
+    for link, target in ((path, certificate), (Path(f"{path}.key"), key)):
+        new = link.with_name(f"{link.name}.{os.getpid()}")
+        new.unlink(missing_ok=True)
+        new.symlink_to(Path(target).absolute())
+        new.replace(link)
     return path

@@ -35,9 +35,9 @@ def for_server(settings: Settings, vendors: list[Vendor], doors: Doors, store: P
     environ.setdefault("FORWARDED_ALLOW_IPS", "")
     environ["SQLITE_STORE_DIR"] = str(store)
     environ["LLAMA_STACK_HOST"], environ["LLAMA_STACK_PORT"] = doors.server_host, str(doors.server_port)
-    if doors.front:
-        for name in ("LLAMA_STACK_TLS_CERTFILE", "LLAMA_STACK_TLS_KEYFILE"):
-            environ.pop(name, None)
+    for name in ("LLAMA_STACK_TLS_CERTFILE", "LLAMA_STACK_TLS_KEYFILE"):
+        if file := environ.pop(name, None):  # It runs in another folder, perhaps.
+            environ |= {} if doors.front else {name: os.path.abspath(file)}
     environ |= through_egress(settings, vendors, doors)
     environ |= certificates(settings)
     environ |= telemetry(settings)
@@ -45,15 +45,15 @@ def for_server(settings: Settings, vendors: list[Vendor], doors: Doors, store: P
 
 
 def is_the_callers(name: str) -> bool:
-    """Whether a variable would add to the calls what is the caller's to choose: keys, an organization, headers, a log of prompts.
+    """Whether a variable would add to the calls what is the caller's to choose, or tell others what the caller said.
 
-    The server's OpenAI SDK sends what it finds in OPENAI_… to every vendor. OTEL_CONFIG_FILE overrides what is set here.
+    The server's OpenAI SDK sends what it finds in OPENAI_… to every vendor. OpenTelemetry's put headers, keys among them, into
+    spans, or override what is set here.
     """
     if name.endswith("_PASSTHROUGH_URL"):
         return False
-    return (
-        name.endswith("_API_KEY") or name.startswith("OPENAI_") or name in ("OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE")
-    )
+    told = "OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE", "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS"
+    return name.endswith("_API_KEY") or name.startswith(("OPENAI_", *told))
 
 
 def through_egress(settings: Settings, vendors: list[Vendor], doors: Doors) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """What the gateway says: its own sentences, and of the server's and HAProxy's lines what may be read by anybody.
 
 The server's log and its tracebacks share one stream, in which tracebacks quote keys and prompts. So only lines of exactly the
-shapes below pass, and of what callers write nothing but a path of plain characters, without what follows the `?`.
+shapes below pass, each of which the server has written at once, and of what callers write nothing but a path of plain characters,
+without what follows the `?`.
 A line goes to whoever reads the log as JSON, and to a person at a terminal in short.
 """
 
@@ -95,10 +96,10 @@ EXCEPTION = re.compile(
     rf'"level": "error", "logger": "uvicorn\.error", "category": "server", "timestamp": "{TIME}"\}}'
 )
 
-# The Responses API answers a failed call by itself, and logs its exception without a traceback.
+# The Responses API answers a failed call by itself, and logs its exception without a traceback. A vendor's error is a warning.
 FAILED_RESPONSE = re.compile(
-    r'\{"category": "agents::builtin", "error_type": "(?P<kind>\w+)", "exc_info": ".*", '
-    r'"event": "Unexpected error during response generation", "level": "error", '
+    r'\{"category": "agents::builtin", ("error_type": "(?P<kind>\w+)", "exc_info"|"exc"): ".*", '
+    r'"event": "(Unexpected|Provider SDK) error during response generation", "level": "(error|warning)", '
     rf'"logger": "llama_stack\.providers\.inline\.responses\.builtin\.responses\.streaming", "timestamp": "{TIME}"\}}'
 )
 
@@ -130,13 +131,14 @@ REASONS = [
     (re.compile(r"httpx\.(RemoteProtocolError|ReadError|WriteError)"), "the connection broke off"),
 ]
 NO_CONNECTION = "no connection to the vendor"
+BY_THE_VENDOR = "the vendor answered with an error"
 
 OF_THE_VENDOR = """BadRequestError AuthenticationError PermissionDeniedError NotFoundError ConflictError UnprocessableEntityError
 RateLimitError InternalServerError APIStatusError APIError"""
 KINDS = {
     "openai.APIConnectionError": NO_CONNECTION,
     "openai.APITimeoutError": "the vendor timed out",
-    **{f"openai.{kind}": "the vendor answered with an error" for kind in OF_THE_VENDOR.split()},
+    **{f"openai.{kind}": BY_THE_VENDOR for kind in OF_THE_VENDOR.split()},
 }
 
 
@@ -147,14 +149,16 @@ class OfServer:
     takes calls with all workers, `failing` where it has an error from which it neither recovers nor ends.
     """
 
-    def __init__(self, output: Output, workers: int, front: bool, up: Callable[[], None], failing: Callable[[], None]) -> None:
-        self.output, self.front, self.up, self.failing = output, front, up, failing
+    def __init__(
+        self, output: Output, workers: int, front: bool, egress: bool, up: Callable[[], None], failing: Callable[[], None]
+    ) -> None:
+        self.output, self.front, self.egress, self.up, self.failing = output, front, egress, up, failing
         self.workers, self.complete, self.taking_calls = workers, 0, False
         self.reason = ""
 
     def take(self, line: str) -> None:
-        """One line, without its end."""
-        if not line.startswith("{"):
+        """What the server has written at once: a line of its log, without its end, or a part of a traceback."""
+        if not line.startswith("{") or "\n" in line:
             self.take_text(line)
         elif found := ACCESS.fullmatch(line):
             if not self.front:  # Which has an access log of its own.
@@ -162,7 +166,7 @@ class OfServer:
         elif found := EXCEPTION.fullmatch(line):
             self.show_failure(found["kind"], found["time"])
         elif found := FAILED_RESPONSE.fullmatch(line):
-            self.show_failure(f"openai.{found['kind']}", found["time"])
+            self.show_failure(f"openai.{found['kind'] or 'APIStatusError'}", found["time"])
         elif found := REFUSED_TOKEN.fullmatch(line):
             self.show_sentence(TOKEN_WAS_REFUSED, "error", found["time"])
         elif found := ITS_OWN.fullmatch(line):
@@ -171,17 +175,16 @@ class OfServer:
         elif not self.taking_calls and '"level": "critical"' in line:
             self.output.put(line.encode() + b"\n")
 
-    def take_text(self, line: str) -> None:
-        """A line of a traceback, or one in which the server says why it does not start."""
+    def take_text(self, text: str) -> None:
+        """A part of a traceback, or words in which the server says why it does not start."""
         for pattern, reason in REASONS:
-            if pattern.match(line):
+            if pattern.match(text):
                 self.reason = reason
-        if self.taking_calls:
-            return
-        if re.match(r'  File ".*, in create_app$|Process SpawnProcess-', line):
-            self.failing()
-        elif line.strip() and not re.match(r" |Traceback|During handling|The above exception", line):
-            self.output.put(line.encode(errors="replace") + b"\n")
+        for line in [] if self.taking_calls else text.splitlines():
+            if re.match(r'  File ".*, in create_app$|Process SpawnProcess-', line):
+                self.failing()
+            elif line.strip() and not re.match(r" |Traceback|During handling|The above exception", line):
+                self.output.put(line.encode(errors="replace") + b"\n")
 
     def note(self, event: str) -> None:
         """Of several workers each takes calls when it is complete; a single one has its port only in the line that comes last."""
@@ -205,6 +208,8 @@ class OfServer:
 
     def show_failure(self, kind: str, at: str) -> None:
         reason = KINDS.get(kind, "an error in the server, or a call that it cannot take")
+        if self.egress and reason == BY_THE_VENDOR:
+            reason = "the vendor answered with an error, or the egress door in its place, which says why"
         self.show_sentence(f"A call failed: {self.reason if self.reason and reason == NO_CONNECTION else reason}.", "error", at)
         self.reason = ""
 
@@ -217,19 +222,20 @@ class OfServer:
 
 def take_haproxy(output: Output, line: str) -> None:
     """One line of HAProxy's: its configuration writes calls as JSON, in which a caller shapes nothing but the path."""
+    said = re.fullmatch(r"\[(ALERT|WARNING)] *\(\d+\) : (.*)", line)
     try:
         call = json.loads(line)
         output.show(call, short_form(call))
     except (ValueError, KeyError, TypeError):
-        # What it says of itself, but for what the start has brought about.
-        ours = r"Proxy \S+ stopped|Server gateways/a (is UP|enters drain)|backend 'gateways' has no server"
-        if re.match(r"\[(ALERT|WARNING)]", line) and not re.search(ours, line):
-            output.put(line.encode(errors="replace") + b"\n")
+        # What it says of itself, but for what the start has brought about, and for vendors that are found at an address.
+        usual = r"Proxy \S+ stopped|Server gateways/a |backend 'gateways' has no server|\S+ changed its IP|Server \S+ .*\bREADY"
+        if said and not re.match(usual, said[2]):
+            output.say(f"HAProxy: {said[2]}", {"ALERT": "error", "WARNING": "warning"}[said[1]])
 
 
 def short_form(call: dict[str, object]) -> str:
     """A call on a person's line: the time (UTC), the status, what was asked for or to whom it went, and why it failed."""
     what = f"{call['method']} {call['path']}" if "path" in call else f"to {call['to']}"
     why = str(call.get("why", ""))
-    why = f"  ({why})" if why and not why.endswith("answered so") else ""  # Which the status tells.
+    why = "" if why in ("", "-") or why.endswith("answered so") else f"  ({why})"  # Which the status tells.
     return f"{str(call['time'])[11:19]}  {call['status']}  {what}{why}"

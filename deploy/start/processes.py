@@ -9,6 +9,7 @@ import contextlib
 import os
 import queue
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from typing import NamedTuple
 # `cat` ends with the pipe. Signals for the group are not for it: SIGKILL alone ends it, and then the others are killed too.
 WATCHDOG = "trap '' INT TERM HUP QUIT; cat > /dev/null; kill -KILL 0"
 
-# A line of a log is read up to here. What is beyond is dropped: a traceback may quote a caller's megabytes in one line.
-LONGEST_LINE = 65_536
+# More than one process says at once: what is beyond is dropped, because a traceback may quote a caller's megabytes.
+LONGEST = 1 << 19
 
 
 class Signal(NamedTuple):
@@ -42,6 +43,7 @@ class Gateway:
         """`held` are descriptors that the watchdog keeps open as long as anything of the gateway lives."""
         self.events: queue.SimpleQueue[Signal | Ended | str] = queue.SimpleQueue()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.spawning = threading.Lock()
         self.readers: list[threading.Thread] = []
         reading, self.lifeline = os.pipe()
         self.group = 0
@@ -60,32 +62,32 @@ class Gateway:
         stdin: int = subprocess.DEVNULL,
     ) -> int:
         """Start a process of the group. Its output goes to `take`, line by line, or nowhere. Returns its process id."""
-        output = subprocess.PIPE if take else subprocess.DEVNULL
-        process = subprocess.Popen(
-            command,
-            env=environ,
-            cwd=cwd,
-            stdin=stdin,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=descriptors,
-            process_group=self.group,
-        )
-        self.processes[name] = process
-        if take:
-            reader = threading.Thread(target=read_lines, args=(process, take), daemon=True)
-            reader.start()
-            self.readers.append(reader)
+        ours, theirs = output_of(name) if take else (None, None)
+        with self.spawning:  # So that it is known before it can have ended.
+            process = self.processes[name] = subprocess.Popen(
+                command,
+                env=environ,
+                cwd=cwd,
+                stdin=stdin,
+                stdout=theirs or subprocess.DEVNULL,
+                stderr=subprocess.STDOUT,
+                pass_fds=descriptors,
+                process_group=self.group,
+            )
+        if ours and theirs and take:
+            theirs.close()
+            self.readers.append(threading.Thread(target=read, args=(ours, take), daemon=True))
+            self.readers[-1].start()
         return process.pid
 
-    def note_signals(self, *signals: int) -> None:
-        """From now on `events` has these signals, but for those that are ignored, as SIGHUP is under nohup."""
+    def watch(self, *signals: int) -> None:
+        """From now on `events` has these signals, and the end of each process.
+
+        What is ignored stays so: `nohup` does it, for a start that is to outlive its terminal.
+        """
         for number in signals:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.events.put(Signal(number)))
-
-    def note_ends(self) -> None:
-        """From now on `events` has the end of each process. To be called when all have been started."""
         threading.Thread(target=self.reap, daemon=True).start()
 
     def reap(self) -> None:
@@ -93,10 +95,11 @@ class Gateway:
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, 0)
-                for name, process in self.processes.items():
-                    if process.pid == pid:
-                        process.returncode = os.waitstatus_to_exitcode(status)
-                        self.events.put(Ended(name, process.returncode))
+                with self.spawning:
+                    for name, process in self.processes.items():
+                        if process.pid == pid:
+                            process.returncode = os.waitstatus_to_exitcode(status)
+                            self.events.put(Ended(name, process.returncode))
 
     def lives(self, name: str) -> bool:
         """Whether a process was started and has not ended."""
@@ -116,13 +119,24 @@ class Gateway:
             reader.join(2)
 
 
-def read_lines(process: subprocess.Popen[bytes], take: Callable[[str], None]) -> None:
-    """Hand over what a process says until it ends, so that it never waits for a reader."""
-    assert process.stdout
-    with process.stdout as stdout:
-        while line := stdout.readline(LONGEST_LINE):
-            whole = line.endswith(b"\n")
+def output_of(name: str) -> tuple[socket.socket, socket.socket]:
+    """A connection for what a process says: our end, and the one that it is given.
+
+    The server's tracebacks quote callers, who would write lines of its log into them. So each of its writes is a message of its
+    own, which tells where a line is its own. macOS has no such sockets, and HAProxy would drop lines, because only ten fit.
+    """
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET if name == "server" else socket.SOCK_STREAM)
+    except OSError:
+        ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST)
+    return ours, theirs
+
+
+def read(connection: socket.socket, take: Callable[[str], None]) -> None:
+    """Hand over what a process says until it ends, so that it never waits for a reader: its writes, or else its lines."""
+    with connection, connection.makefile("rb") as lines:
+        whole = connection.type == socket.SOCK_SEQPACKET
+        while said := connection.recv(LONGEST) if whole else lines.readline(LONGEST):
             with contextlib.suppress(Exception):  # Whatever is wrong with a line, who writes the next must not wait.
-                take(line.decode(errors="replace").rstrip("\n"))
-            while not whole and (rest := stdout.readline(LONGEST_LINE)):
-                whole = rest.endswith(b"\n")
+                take(said.decode(errors="replace").rstrip("\n"))

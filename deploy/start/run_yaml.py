@@ -30,10 +30,11 @@ class Vendor(NamedTuple):
 
 
 class RunYaml(NamedTuple):
-    """The default of each setting, and the vendors, each once."""
+    """The default of each setting, the vendors, each once, and the providers of which nobody says where they connect to."""
 
     defaults: dict[str, str]
     vendors: list[Vendor]
+    nowhere: list[str]
 
 
 def read(file: Path = RUN_YAML) -> RunYaml:
@@ -47,24 +48,20 @@ def read(file: Path = RUN_YAML) -> RunYaml:
     for name in ("LLAMA_STACK_HOST", "LLAMA_STACK_PORT", "LLAMA_STACK_WORKERS", "SQLITE_STORE_DIR"):
         if not defaults.get(name):
             raise Refused(f"run.yaml is not the one that ships: it has no default for {name}.")
-    return RunYaml(defaults, list(dict.fromkeys(map(vendor_of, providers(config)))))
-
-
-def providers(config: Any) -> list[dict[str, Any]]:
-    """The inference providers that connect to somebody."""
     try:
-        found = config["providers"]["inference"]
-        return [each for each in found if each.get("config", {}).get("base_url") or each["provider_type"] in FIXED_URLS]
+        vendors = {each["provider_id"]: vendor_of(each) for each in config["providers"]["inference"]}
     except (AttributeError, LookupError, TypeError) as error:
         raise Refused("run.yaml is not the one that ships: it has no providers of inference.") from error
+    nowhere = [name for name, vendor in vendors.items() if not vendor]
+    return RunYaml(defaults, list(dict.fromkeys(filter(None, vendors.values()))), nowhere)
 
 
-def vendor_of(provider: dict[str, Any]) -> Vendor:
-    """Where a provider connects to."""
-    url = str(provider.get("config", {}).get("base_url") or FIXED_URLS[provider["provider_type"]])
+def vendor_of(provider: dict[str, Any]) -> Vendor | None:
+    """Where a provider connects to, if that can be seen."""
+    url = str((provider.get("config") or {}).get("base_url") or FIXED_URLS.get(provider["provider_type"], ""))
     if setting := WITH_DEFAULT.fullmatch(url):
         return Vendor(setting[2], setting[1])
-    return Vendor(url, "")
+    return Vendor(url, "") if re.match(r"https?://[^$]*$", url) else None
 
 
 def address(url: str) -> str:

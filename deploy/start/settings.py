@@ -3,6 +3,7 @@
 A new setting is a row in CHECKS (or a variable with a default in run.yaml), and a row in a table of the documents.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -19,9 +20,9 @@ class Refused(Exception):
     """The gateway cannot start like this. The message is one or more sentences, a line each."""
 
 
-def without_password(text: str) -> str:
-    """The text of a URL without the user and the password in it."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
+def without_secrets(url: str) -> str:
+    """A URL, or what was meant as one, without a user and a password in it, and without what follows the `?`."""
+    return re.sub(r"\?.*", "?...", re.sub(r"^([A-Za-z]*:?//)?.*@", r"\1...@", url))
 
 
 # --- what a value has to look like: each function returns what is wrong with one, or nothing ---
@@ -34,7 +35,7 @@ def switch(value: str) -> str | None:
 
 
 def port(value: str) -> str | None:
-    if value.isascii() and value.isdigit() and 1024 <= int(value) <= 65535:
+    if re.fullmatch(r"\d{1,5}", value, re.ASCII) and 1024 <= int(value) <= 65535:
         return None
     return "it has to be a port from 1024 to 65535. To answer on 80 or 443, put a balancer in front (deploy/README.md)"
 
@@ -49,8 +50,10 @@ def bytes_of_a_body(value: str) -> str | None:
 
 def url(value: str) -> str | None:
     """A URL that a list such as NO_PROXY can have in it, so that it can be let past the closed door."""
-    if re.fullmatch(r"https?://[^/?#\s,\\]+(/[^?#\s]*)?", value) and urlsplit(value).hostname:
-        return None
+    if re.fullmatch(r"https?://[^/?#\s,\\]+(/[^?#\s]*)?", value):
+        with contextlib.suppress(ValueError):  # A port or an IPv6 address that is none.
+            if (parts := urlsplit(value)).hostname and parts.port != 0:
+                return None
     return "it has to be a URL that starts with https:// or http://, without a query"
 
 
@@ -69,7 +72,8 @@ def collector(value: str) -> str | None:
 
 def origin(value: str) -> str | None:
     """As a browser writes it in `Origin`, because the two are compared letter by letter."""
-    if value == "none" or re.fullmatch(r"(?!https://[^/]*:443$|http://[^/]*:80$)[a-z][a-z0-9+.-]*://[^/?#\s,*A-Z]+", value):
+    usual = r"(?!https://.*:443$|http://.*:80$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+])(:[1-9]\d*)?"
+    if value == "none" or re.fullmatch(usual, value, re.ASCII):
         return None
     return "it has to be one origin as browsers write it, such as https://chat.example.com: a scheme and a host, without a slash"
 
@@ -185,7 +189,7 @@ def port_of_env_file() -> str:
         text = (PROJECT / ".env").read_text()
     except (OSError, ValueError):
         return ""
-    found = re.findall(r"^\s*(?:export\s+)?LLAMA_STACK_PORT\s*=\s*[\"']?([^\s\"'#]*)", text, re.MULTILINE)
+    found = re.findall(r"^[ \t]*(?:export[ \t]+)?LLAMA_STACK_PORT[ \t]*=[ \t]*[\"']?([^\s\"'#]*)", text, re.MULTILINE)
     return found[-1] if found else ""
 
 
@@ -207,12 +211,14 @@ def read(environ: Mapping[str, str], defaults: dict[str, str]) -> Settings:
 def of_names(settings: Settings) -> Iterator[str]:
     """Names that are nearly one of ours, and would silently do nothing."""
     known = {*CHECKS, *settings.defaults, *OF_THE_CLIENT}
-    for name in settings.environ.keys() - known:
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+    for name in {name for name, value in settings.environ.items() if value} - known:
+        if close := difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.9):
             yield f"{name} is not a setting. Is {close[0]} meant?"
         elif name.endswith("_PASSTHROUGH_URL"):
             ours = ", ".join(sorted(each for each in known if each.endswith("_PASSTHROUGH_URL")))
             yield f"{name} is not a setting: no provider in run.yaml reads it. There are {ours}."
+        elif re.fullmatch(r"OTEL_EXPORTER_OTLP_(METRICS|TRACES)_ENDPOINT", name):
+            yield f"{name} is not a setting: one collector is sent all, OTEL_EXPORTER_OTLP_ENDPOINT."
 
 
 def of_values(settings: Settings) -> Iterator[str]:
@@ -223,14 +229,16 @@ def of_values(settings: Settings) -> Iterator[str]:
         if re.search(r"[\x00-\x1f\x7f]", value):
             yield f"{name} has a line break or another control character in it. Set it again."
         elif value and (problem := check(value)):
-            yield f"{name} is '{without_password(value)}': {problem}."
+            yield f"{name} is '{without_secrets(value)}': {problem}."
 
 
 def of_combinations(settings: Settings) -> Iterator[str]:
     """Settings that do not go together."""
-    if settings.egress_port == settings.port:
+    if settings.demanded("EGRESS") is False:
+        pass
+    elif settings.egress_port == settings.port:
         yield f"EGRESS_PORT and LLAMA_STACK_PORT are both {settings.port}: the egress door needs a port of its own."
-    if settings.egress_port > 65535:
+    elif settings.egress_port > 65535:
         yield f"No port comes after {settings.port} for the egress door: set EGRESS_PORT."
     if not settings.get("AUTH_JWKS_URI") and (settings.environ.get("AUTH_ISSUER") or settings.environ.get("AUTH_AUDIENCE")):
         yield "Without AUTH_JWKS_URI nobody needs a token: set it, or unset AUTH_ISSUER and AUTH_AUDIENCE."
@@ -262,7 +270,9 @@ def worth_saying(settings: Settings) -> Iterator[str]:
     """What works as it is set, but should not surprise anybody."""
     if not settings.for_this_machine_alone and not settings.get("AUTH_JWKS_URI"):
         yield "Whoever can reach this machine can use the gateway: no token is demanded (AUTH_JWKS_URI)."
-    for name in ("AUTH_JWKS_URI", "OTEL_EXPORTER_OTLP_ENDPOINT"):
+    urls = sorted(name for name in settings.environ if name.endswith("_PASSTHROUGH_URL"))
+    for name in ("AUTH_JWKS_URI", "OTEL_EXPORTER_OTLP_ENDPOINT", *urls):
         # httpx, which makes the server's calls, reads a URL without a port in NO_PROXY as one with any port.
-        if (named := urlsplit(settings.get(name))).hostname and not named.port:
+        named = urlsplit(settings.environ.get(name, ""))
+        if named.hostname and not named.port and not (settings.proxy and named.scheme == "https"):
             yield f"{name} names no port, so calls can lead the server to every port of {named.hostname}."

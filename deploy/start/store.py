@@ -1,5 +1,6 @@
 """The database that keeps nothing, in a folder where nobody else can have prepared another one, or can exchange it later."""
 
+import contextlib
 import grp
 import os
 import pwd
@@ -35,6 +36,8 @@ def prepare(settings: Settings) -> Path:
             database.with_name(NAME + aside).unlink(missing_ok=True)
         new.replace(database)
     except (OSError, sqlite3.Error) as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
         raise Refused(f"SQLITE_STORE_DIR is {folder}, which cannot be used: {error}.") from error
     return folder
 
@@ -42,10 +45,10 @@ def prepare(settings: Settings) -> Path:
 def folder_of(settings: Settings) -> Path:
     """The folder, made if it is missing, without a link in its path. Raises Refused where others could exchange it."""
     named = settings.get("SQLITE_STORE_DIR")
-    path = os.path.expanduser(named) if named == settings.defaults["SQLITE_STORE_DIR"] else named
+    # Where HOME is not set, Python asks who we are. Set to nothing, it would be the root of all folders.
+    path = named if settings.environ.get("HOME") == "" else os.path.expanduser(named)
     if path.startswith("~"):
-        raise Refused("Nobody's home is known: set HOME, or SQLITE_STORE_DIR to a folder.")
-    # The server replaces a `~` only at the start of a text, and would make a folder of that name.
+        raise Refused(f"SQLITE_STORE_DIR is {path}, and nobody knows where that is: set HOME, or name a folder.")
     if not os.path.isabs(path):
         raise Refused(f"SQLITE_STORE_DIR is {path}: it has to be a whole path, which starts with a slash.")
     try:
@@ -67,7 +70,7 @@ def refuse_if_others_can_exchange(folder: Path, within: bool) -> None:
 
     `within` is for the folders above ours: root may own them, and all may write to them where only owners can rename (`/tmp`).
     """
-    found = folder.stat()
+    found = folder.lstat()  # A link that has just been put there is not followed.
     ours = found.st_uid in ((os.getuid(), 0) if within else (os.getuid(),))
     writers = stat.S_IWOTH if is_private(found.st_gid) else stat.S_IWOTH | stat.S_IWGRP
     others_write = found.st_mode & writers and not (within and found.st_mode & stat.S_ISVTX)

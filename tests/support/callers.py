@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Self
 
 import httpx
@@ -61,21 +62,23 @@ class Others:
 class Stream(threading.Thread):
     """A caller of a stream, of which the first line has come. `problem` is why it broke off, if it did."""
 
-    def __init__(self, gateway: Gateway, model: str, prompt: str) -> None:
-        super().__init__()
-        self.gateway, self.body = gateway, chat(model, prompt, stream=True)
+    def __init__(
+        self, gateway: Gateway, model: str, prompt: str, path: str = CHAT, headers: Mapping[str, str] = MappingProxyType(ALL_KEYS)
+    ) -> None:
+        super().__init__(daemon=True)
+        self.url, self.path, self.headers, self.body = gateway.url, path, dict(headers), chat(model, prompt, stream=True)
         self.started = threading.Event()
         self.lines: list[str] = []
         self.problem: httpx.HTTPError | None = None
         self.start()
-        assert self.started.wait(60)
+        assert self.started.wait(60), f"No line of the stream came: {self.problem}"
 
     def run(self) -> None:
         """Read to the end."""
         try:
             with (
-                caller(self.gateway.url, timeout=60) as client,
-                client.stream("POST", CHAT, headers=ALL_KEYS, json=self.body) as response,
+                caller(self.url, timeout=60) as client,
+                client.stream("POST", self.path, headers=self.headers, json=self.body) as response,
             ):
                 for line in response.iter_lines():
                     self.lines.append(line)
@@ -86,7 +89,7 @@ class Stream(threading.Thread):
     @property
     def finished(self) -> bool:
         """Whether the answer says that it is complete."""
-        return any('"finish_reason":"stop"' in line for line in self.lines)
+        return any('"finish_reason":"stop"' in line.replace(": ", ":") for line in self.lines)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Start and stop the real gateway, the way its users do, in an environment that the machine cannot leak into."""
 
 import contextlib
+import inspect
 import os
 import random
 import re
@@ -21,9 +22,14 @@ import psutil
 PROJECT = Path(__file__).parent.parent.parent
 PROVIDER_DATA = "X-LlamaStack-Provider-Data"
 
-# The two commands under `make server`, and under nothing.
+# The command under `make server`, and the stock server's own.
 START = (sys.executable, "-I", "deploy/start")
 BY_HAND = ("llama", "stack", "run", "run.yaml")
+
+# The stock server without HAProxy around it, though that is installed.
+ALONE = {"FRONT": "0", "EGRESS": "0"}
+# No vendor can be reached, which a start finds out at once: the discard port as a proxy, or as the egress door's name server.
+NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9", "EGRESS_NAMESERVER": "127.0.0.1:9"}
 
 # Debian keeps it where only root looks.
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin")
@@ -43,6 +49,16 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     path = os.pathsep.join([*folders, os.environ["PATH"]])
     python = {"UV_PYTHON": os.environ["UV_PYTHON"]} if "UV_PYTHON" in os.environ else {}
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"} | python | settings
+
+
+def make_environ(home: Path, **settings: str) -> dict[str, str]:
+    """The same for `make server`, with a uv that does nothing: the real one would look for packages, and may not be there."""
+    stub = home / "tools" / "uv"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text("#!/bin/sh\n")
+    stub.chmod(0o755)
+    environ = clean_environ(home, UV_PROJECT_ENVIRONMENT=sys.prefix, **settings)
+    return environ | {"PATH": f"{stub.parent}{os.pathsep}{environ['PATH']}"}
 
 
 def free_port() -> int:
@@ -65,14 +81,14 @@ def free_port() -> int:
 class Gateway:
     """One gateway process and everything it starts. A context manager that leaves nothing running.
 
-    `command` is what a user types, `home` an empty folder, `settings` the environment on top of `clean_environ`. Where the
-    settings ask for TLS, `trust` has the CA that signed the certificate.
+    `command` is what runs under `make server` unless told, `home` an empty folder, `settings` the environment on top of
+    `clean_environ`. Where the settings ask for TLS, `trust` has the CA that signed the certificate.
     """
 
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # Nobody. Made once, because the one that httpx makes takes it 20 ms.
     health = "/v1/health"  # the path that answers once it is up
 
-    def __init__(self, home: Path, command: tuple[str, ...] = ("make", "server"), cwd: Path = PROJECT, **settings: str) -> None:
+    def __init__(self, home: Path, command: tuple[str, ...] = START, cwd: Path = PROJECT, **settings: str) -> None:
         self.home, self.command, self.cwd = home, command, cwd
         self.port = int(settings.setdefault("LLAMA_STACK_PORT", str(free_port())))
         scheme = "https" if "LLAMA_STACK_TLS_CERTFILE" in settings else "http"
@@ -106,7 +122,7 @@ class Gateway:
         """
         self.launch()
         try:
-            eventually(lambda: self.process.poll() is not None or self.answers(), seconds)
+            eventually(lambda: self.process.poll() is not None or (self.says_so() and self.answers()), seconds)
             if self.process.poll() is not None or not self.answers():
                 raise RuntimeError(f"The gateway did not start. The end of its log:\n{self.log[-3000:]}")
         except BaseException:
@@ -115,13 +131,13 @@ class Gateway:
         return self
 
     def environ_at_start(self) -> dict[str, str]:
-        """The environment that the server is given, from a start that ends as soon as that is known."""
+        """The environment that the server is given, from a start that ends as soon as that is known. Its log is whole then."""
         self.launch()
         try:
-            assert eventually(self.servers), self.log
+            wait_for(self.servers, seen=lambda: self.log)
             return self.environ
         finally:
-            self.stop(0)
+            self.stop()
 
     def start_workers(self, seconds: float) -> tuple[int, int, float]:
         """Start several workers, and stop when all are up: how many were, how many had been replaced, and after how long.
@@ -140,6 +156,10 @@ class Gateway:
             return up(), len(seen) - wanted, time.monotonic() - start
         finally:
             self.stop(3)
+
+    def says_so(self) -> bool:
+        """Whether it says that it answers, if it is one that would: what asks for `health` all the time is all that its log has."""
+        return (self.command != START and self.command[0] != "make") or "The gateway answers" in self.log
 
     def answers(self) -> bool:
         """Whether it answers `health`."""
@@ -230,10 +250,12 @@ def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> float:
-    """The seconds until `condition` holds. Raises AssertionError after `seconds`."""
+def wait_for(condition: Callable[[], Any], seconds: float = 60, seen: Callable[[], Any] | None = None) -> float:
+    """The seconds until `condition` holds. After `seconds` raises AssertionError, which has what `seen` returns then."""
     start = time.monotonic()
-    assert eventually(condition, seconds), f"It did not come to that in {seconds} s."
+    if not eventually(condition, seconds):
+        end = f" What is seen: {str(seen())[-3000:]}" if seen else ""
+        raise AssertionError(f"In {seconds} s it did not come to this: {inspect.getsource(condition).strip()}{end}")
     return time.monotonic() - start
 
 
@@ -243,8 +265,17 @@ def listening(port: int) -> list[str]:
     return [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port]
 
 
+def refused(home: Path, cwd: Path = PROJECT, shell: str = "", **settings: str) -> str:
+    """What a start says that refuses to be one, in sentences. `shell` goes before it on a shell's line."""
+    environ = clean_environ(home, **{"LLAMA_STACK_PORT": str(free_port())} | settings)
+    command = ["sh", "-c", f'{shell} exec "$@"', "sh", *START]
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, ""), f"{done.returncode}: {done.stdout} {done.stderr}"
+    return done.stderr
+
+
 def copy_project(folder: Path) -> Path:
-    """Copy what a server needs into `folder`, for those who change run.yaml. Returns `folder`."""
+    """Copy what a gateway needs into `folder`, for those who change run.yaml. Returns `folder`."""
     shutil.copytree(PROJECT / "deploy", folder / "deploy", ignore=shutil.ignore_patterns("__pycache__", "kubernetes"))
     shutil.copy(PROJECT / "run.yaml", folder)
     return folder

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import pty
+import select
 import subprocess
 import threading
 from pathlib import Path
 from typing import Self
 
-from .gateway import PROJECT, eventually
+from .gateway import PROJECT, wait_for
 
 
 class Terminal:
@@ -16,7 +17,7 @@ class Terminal:
 
     def __init__(self, command: tuple[str, ...], environ: dict[str, str], cwd: Path = PROJECT) -> None:
         self.command, self.environ, self.cwd = command, environ, cwd
-        self.shown = b""
+        self.shown, self.closed = b"", False
 
     @property
     def screen(self) -> str:
@@ -29,7 +30,7 @@ class Terminal:
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
         """Wait until `text` is on the screen. Raises AssertionError with the screen after `seconds`."""
-        assert eventually(lambda: text in self.screen, seconds), self.screen
+        wait_for(lambda: text in self.screen, seconds, seen=lambda: f"{text!r} is not on the screen:\n{self.screen}")
 
     def wait(self, seconds: float = 60) -> int:
         """Wait for the end of the command, and of what it shows. Returns its exit code, negative for a signal."""
@@ -37,10 +38,17 @@ class Terminal:
         self.reader.join(5)
         return code
 
+    def hang_up(self) -> None:
+        """Close the terminal, as whoever closes its window does."""
+        self.closed = True
+        self.reader.join(5)
+        os.close(self.controller)
+
     def read(self) -> None:
         with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error.
-            while data := os.read(self.controller, 4096):
-                self.shown += data
+            while not self.closed:  # A terminal from which somebody still reads would not be closed.
+                if select.select([self.controller], [], [], 0.1)[0]:
+                    self.shown += os.read(self.controller, 4096)
 
     def __enter__(self) -> Self:
         self.controller, terminal = pty.openpty()
@@ -59,7 +67,8 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.controller)  # Hangs up on the command.
+        if not self.closed:
+            self.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
         self.process.kill()

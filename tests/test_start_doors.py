@@ -1,0 +1,146 @@
+"""Which doors HAProxy opens: whether it is there and new enough, what the operator demands, and what stands in the way.
+
+A HAProxy that only says its version and how it was started stands in for one, so that nothing is booted.
+"""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually, free_port, refused
+
+PROXY = {"HTTPS_PROXY": "http://ann:fake-secret@proxy.example:3128"}
+NEW = "HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https://haproxy.org/"
+OLD = "HAProxy version 2.5.14"
+NONE = ""
+
+MISSING = "HAProxy 2.6 or later is not installed: keys in the header only, no native paths, no page. sudo apt-get install haproxy"
+THROUGH_A_PROXY = "HTTPS_PROXY is set, and HAProxy cannot go through another proxy: no egress door, no native paths."
+EGRESS, FRONT = "egress.cfg", "front.cfg"
+
+
+class Row(NamedTuple):
+    """What HAProxy says, what is set, the doors that open, and what is said of one that does not."""
+
+    version: str
+    settings: dict[str, str]
+    opened: tuple[str, ...]
+    said: str = ""
+
+
+TABLE = [
+    Row(NEW, {}, (EGRESS, FRONT)),
+    Row(NEW, {"FRONT": "1", "EGRESS": "1"}, (EGRESS, FRONT)),
+    Row(NEW, {"FRONT": "0"}, (EGRESS,)),
+    Row(NEW, {"EGRESS": "0"}, (FRONT,)),
+    Row(NEW, {"FRONT": "0", "EGRESS": "0"}, ()),
+    Row(NEW, PROXY, (FRONT,), THROUGH_A_PROXY),
+    Row(NEW, {"all_proxy": "http://proxy.example:3128"}, (FRONT,), THROUGH_A_PROXY),
+    Row(NEW, PROXY | {"EGRESS": "0"}, (FRONT,)),
+    Row(NEW, PROXY | {"FRONT": "0"}, (), THROUGH_A_PROXY),
+    Row(OLD, {}, (), MISSING),
+    Row(NONE, {}, (), MISSING),
+    Row(NONE, {"FRONT": "0"}, ()),
+    Row(NONE, PROXY, (), MISSING),
+]
+
+
+def path_with(folder: Path, version: str) -> str:
+    """A search path on which the first HAProxy says this as its version, and notes how it is started."""
+    stub = folder / "tools" / "haproxy"
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text(
+        f"#!/bin/sh\n[ \"$1\" != -v ] || {{ echo '{version}'; exit; }}\nenv > '{folder}/had'; echo \"$@\" > '{folder}/ran'\nsleep 60\n"
+    )
+    stub.chmod(0o755)
+    return f"{stub.parent}{os.pathsep}{clean_environ(folder)['PATH']}"
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.version[:19]} {' '.join(row.settings)}")
+def test_which_doors_open(tmp_path: Path, row: Row) -> None:
+    gateway = Gateway(tmp_path, PATH=path_with(tmp_path, row.version), **row.settings)
+    environ = gateway.environ_at_start()
+    ran = tmp_path / "ran"
+    if row.opened:
+        assert eventually(ran.exists, 10), gateway.log
+    files = [word for word in ran.read_text().split() if word.endswith(".cfg")] if ran.exists() else []
+    assert files == (["global.cfg", "vendors.cfg", *row.opened] if row.opened else [])
+    # The server is behind the front at another port, and reaches the vendors through the egress door.
+    assert (environ["LLAMA_STACK_PORT"] == str(gateway.port)) == (FRONT not in row.opened)
+    door = f"http://127.0.0.1:{gateway.port + 1}"
+    assert environ.get("OPENAI_PASSTHROUGH_URL") == (f"{door}/openai" if EGRESS in row.opened else None)
+    assert environ.get("GEMINI_PASSTHROUGH_URL") == (f"{door}/gemini/v1beta/openai" if EGRESS in row.opened else None)
+    for sentence in (MISSING, THROUGH_A_PROXY):
+        assert (sentence in gateway.log) == (sentence == row.said), gateway.log
+    assert "fake-secret" not in gateway.log
+
+
+@pytest.mark.parametrize(
+    "version", ["HA-Proxy version 1.8.8", "HA-Proxy version 2.2.9-2+deb11u6 2023/08/17", OLD, "", "no version 9"], ids=str
+)
+@pytest.mark.parametrize("door", ["FRONT", "EGRESS"])
+def test_a_door_that_is_demanded_needs_a_new_haproxy(tmp_path: Path, version: str, door: str) -> None:
+    said = refused(tmp_path, PATH=path_with(tmp_path, version), **{door: "1"})
+    assert said.startswith(f"{door}=1 needs HAProxy 2.6 or later. Install it: sudo apt-get install haproxy (Debian, Ubuntu), ")
+    assert said.endswith(f"sudo dnf install haproxy (Fedora), brew install haproxy (macOS). Or start with {door}=0.\n")
+
+
+@pytest.mark.parametrize("version", ["HAProxy version 2.6.0", "HAProxy version 2.10.1", "HAProxy version 3.0.5-8e879a5"], ids=str)
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
+def test_an_egress_door_that_is_demanded_cannot_go_through_a_proxy(tmp_path: Path, version: str, name: str) -> None:
+    """Which is the next thing that is refused, where HAProxy is new enough."""
+    said = refused(tmp_path, PATH=path_with(tmp_path, version), EGRESS="1", **{name: PROXY["HTTPS_PROXY"]})
+    assert said.startswith("The egress door connects to the vendors itself, past the proxy")
+    assert "EGRESS=0" in said
+    assert "proxy.example" not in said
+
+
+def test_the_egress_port_is_the_next_one_and_can_be_another(tmp_path: Path) -> None:
+    path, port = path_with(tmp_path, NEW), free_port()
+    with socket.create_server(("127.0.0.1", port + 1)):
+        taken = f"Port {port + 1}, where the egress door is to listen, is in use. Choose another with EGRESS_PORT.\n"
+        assert refused(tmp_path, PATH=path, LLAMA_STACK_PORT=str(port)) == taken
+        assert refused(tmp_path, PATH=path, EGRESS_PORT=str(port + 1)) == taken
+
+
+def test_haproxy_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    """No key, and nothing else that it could print or hand on."""
+    told = {
+        "LLAMA_STACK_HOSTS": "a.example,b.example",
+        "LLAMA_STACK_CORS_ORIGIN": "https://a.example",
+        "FRONT_BODY_LIMIT": "1000",
+    }
+    told |= {"GEMINI_PASSTHROUGH_URL": "https://g.example", "AUTH_JWKS_URI": "https://id.example/jwks", "SSL_CERT_FILE": "ca.pem"}
+    more = {"OPENAI_API_KEY": "sk-fake", "LD_PRELOAD": "", "EGRESS_PORT": ""}
+    gateway = Gateway(tmp_path, PATH=path_with(tmp_path, NEW), **told, **more)
+    gateway.environ_at_start()
+    had = dict(line.split("=", 1) for line in (tmp_path / "had").read_text().splitlines())
+    inherited = {"FRONT_BIND", "EGRESS_BIND", "HAPROXY_SOCKET", "GATEWAY_A"}
+    assert {name: value for name, value in had.items() if name not in {*inherited, "PWD", "OLDPWD", "_", "SHLVL"}} == {
+        "START": "1",
+        "PATH": os.defpath,
+        "LLAMA_STACK_HOSTS": "a.example b.example",
+        "LLAMA_STACK_CORS_ORIGIN": "https://a.example",
+        "FRONT_BODY_LIMIT": "1000",
+        "GEMINI_PASSTHROUGH_URL": "https://g.example",
+        "AUTH_JWKS_URI": "https://id.example/jwks",
+        "EGRESS_CA": str(PROJECT / "ca.pem"),
+    }
+    assert all(had[name].startswith("fd@") for name in ("FRONT_BIND", "EGRESS_BIND", "HAPROXY_SOCKET"))
+    assert had["PWD"] == str(PROJECT / "deploy" / "haproxy")
+
+
+@pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+@pytest.mark.parametrize("doors", [(EGRESS,), (FRONT,), (EGRESS, FRONT)], ids=" ".join)
+def test_haproxy_finds_nothing_to_say_about_the_configuration(tmp_path: Path, doors: tuple[str, ...]) -> None:
+    files = [
+        word for name in ("global.cfg", "vendors.cfg", *doors) for word in ("-f", str(PROJECT / "deploy" / "haproxy" / name))
+    ]
+    said = subprocess.run(
+        [HAPROXY, "-c", *files], check=False, env=clean_environ(tmp_path), capture_output=True, text=True, timeout=60
+    )
+    assert said.returncode == 0, said.stderr
+    assert "WARNING" not in said.stderr
