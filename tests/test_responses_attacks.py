@@ -158,11 +158,11 @@ def test_over_tls_the_operators_proxy_decides(client: httpx.Client, vendors: Ven
     assert set(vendors.strangers) == {"attacker.example"}
 
 
-def test_a_form_of_some_web_page_does_no_better(client: httpx.Client, listener: Listener) -> None:
+def test_a_form_of_some_web_page_does_no_better(server: httpx.Client, listener: Listener) -> None:
     """The server takes forms, which a browser sends from any page without asking."""
     body = with_mcp(f"http://127.0.0.1:{listener.port}/mcp")
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in body.items()}
-    answer = client.post("/v1/responses", data=form, headers={"origin": "https://attacker.example"})
+    answer = server.post("/v1/responses", data=form, headers={"origin": "https://attacker.example"})
     assert listener.calls == []
     assert refused(answer)
 

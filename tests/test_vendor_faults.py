@@ -44,8 +44,10 @@ def unreachable(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> I
         folder = copy_project(tmp_path_factory.mktemp("unreachable") / "project")
         providers = RUN_YAML["providers"] | {"inference": RUN_YAML["providers"]["inference"] + more}
         (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}))
-        environ = vendors.environ() | {"NO_PROXY": "127.0.0.1,.invalid"}
-        with Gateway(folder / "home", START, folder, **environ) as gateway:
+        environ = (
+            {"SSL_CERT_FILE": str(vendors.ca_file), "OPENAI_PASSTHROUGH_URL": vendors.plain_url} if False else vendors.environ()
+        )
+        with Gateway(folder / "home", START, folder, **environ, NO_PROXY="127.0.0.1,.invalid") as gateway:
             yield gateway
 
 
