@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from mcp.server.fastmcp import FastMCP
 from support.calls import ALL_KEYS, MODELS, PIXEL, WEATHER_FUNCTION, caller, chat, events, output_text, responses
-from support.gateway import PROVIDER_DATA, Gateway, eventually
+from support.gateway import ALONE, PROVIDER_DATA, Gateway, eventually
 from support.vendors import KEYS, InBackground, Vendors
 
 
@@ -88,7 +88,8 @@ def vendors() -> Iterator[Vendors]:
 
 @pytest.fixture(scope="module")
 def gateway(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with Gateway(tmp_path_factory.mktemp("gateway"), **vendors.environ()) as gateway:
+    """Without a front, which would turn some of these away before."""
+    with Gateway(tmp_path_factory.mktemp("gateway"), **ALONE, **vendors.environ()) as gateway:
         yield gateway
 
 
@@ -158,11 +159,11 @@ def test_over_tls_the_operators_proxy_decides(client: httpx.Client, vendors: Ven
     assert set(vendors.strangers) == {"attacker.example"}
 
 
-def test_a_form_of_some_web_page_does_no_better(server: httpx.Client, listener: Listener) -> None:
+def test_a_form_of_some_web_page_does_no_better(client: httpx.Client, listener: Listener) -> None:
     """The server takes forms, which a browser sends from any page without asking."""
     body = with_mcp(f"http://127.0.0.1:{listener.port}/mcp")
     form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in body.items()}
-    answer = server.post("/v1/responses", data=form, headers={"origin": "https://attacker.example"})
+    answer = client.post("/v1/responses", data=form, headers={"origin": "https://attacker.example"})
     assert listener.calls == []
     assert refused(answer)
 
