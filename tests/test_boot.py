@@ -25,7 +25,7 @@ def edit(project: Path, change) -> None:
     """Load run.yaml, let `change` alter it, and write it back."""
     config = yaml.safe_load((project / "run.yaml").read_text())
     change(config)
-    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    (project / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def test_boots_without_a_key_and_without_a_network(tmp_path: Path) -> None:

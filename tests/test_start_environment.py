@@ -100,7 +100,7 @@ def test_a_provider_that_is_added_to_run_yaml_needs_nothing_else(tmp_path: Path,
         },
     ]
     providers = RUN_YAML["providers"] | {"inference": RUN_YAML["providers"]["inference"] + more}
-    (project / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}))
+    (project / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}, sort_keys=False))
     gateway = Gateway(tmp_path / "home", cwd=project, EVEN_PASSTHROUGH_URL="http://even.example:81")
     environ = gateway.environ_at_start()
     assert {"https://more.example:8443", "http://even.example:81", "http://e.example"} <= set(environ["NO_PROXY"].split(","))

@@ -43,7 +43,7 @@ def unreachable(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> I
         ]
         folder = copy_project(tmp_path_factory.mktemp("unreachable") / "project")
         providers = RUN_YAML["providers"] | {"inference": RUN_YAML["providers"]["inference"] + more}
-        (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}))
+        (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}, sort_keys=False))
         environ = vendors.environ() | {"NO_PROXY": "127.0.0.1,.invalid"}
         with Gateway(folder / "home", START, folder, **environ) as gateway:
             yield gateway
