@@ -53,8 +53,8 @@ def connect() -> httpx.Client:
     for name, key in {**{VARIABLES[vendor]: key for vendor, key in KEYS.items()}, "LLAMA_STACK_API_KEY": TOKEN}.items():
         if not re.fullmatch("[!-~]*", key):
             raise Failure(f"{name} has a character in it that no key has, such as a space or a curly quote. Copy it again.")
-    # No proxy may come between on this machine; elsewhere the environment's proxy and its CA (SSL_CERT_FILE) hold. After an
-    # error the gateway closes the connection without saying so: each call has a connection of its own.
+    # No proxy may come between on this machine; elsewhere the environment's proxy and its CA (SSL_CERT_FILE) hold. Without HAProxy
+    # the gateway closes a connection after an error without saying so: each call has one of its own.
     url = httpx.URL(GATEWAY.rstrip("/").removesuffix("/v1"))
     here = re.fullmatch(r"localhost|127\.[\d.]+|::1", url.host)
     headers = {"Connection": "close"} | ({"Authorization": f"Bearer {TOKEN}"} if TOKEN else {})

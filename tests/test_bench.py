@@ -8,16 +8,16 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from dnslib import DNSRecord
 from support.gateway import PROJECT
-from tools.bench import report
-from tools.bench.__main__ import calls_until, latencies
+from tools.bench import paired, report
 from tools.bench.load import Call, result, stream, wrk
+from tools.bench.measure import Bench, calls_for, latencies
+from tools.bench.peers import Contender
 from tools.bench.upstream import GOOD_KEY, ROUND_TRIP, WRONG_KEY, Upstream
 
 COMMAND = (sys.executable, "-u", "-m", "tools.bench")
@@ -42,57 +42,20 @@ def test_the_table_and_the_picture_are_of_the_last_run(results):
         assert (FOLDER / name).read_text() == text
 
 
-def made_up(**metrics: dict[str, float]) -> dict:
-    """Results in which each contender has these figures, the same in each round."""
-    return {
-        "date": "2026-01-01",
-        "machine": {"cores": 2, "system": "Linux", "arch": "x86_64"},
-        "contenders": {
-            name.replace("_", "-"): {"title": name, "version": "1", "metrics": {m: [v, v, v] for m, v in values.items()}}
-            for name, values in metrics.items()
-        },
-        "skipped": {},
-    }
-
-
-def outcome(**metrics: dict[str, float]) -> dict[str, tuple[str, bool | None]]:
-    """What is said of each claim, by its first words."""
-    return {text: (measured, holds) for text, measured, holds in report.claims(report.Results(made_up(**metrics)))}
-
-
-def of(outcome: dict[str, tuple[str, bool | None]], words: str) -> tuple[str, bool | None]:
-    """What is said of the one claim that has these words in it."""
-    (found,) = [said for text, said in outcome.items() if words in text]
-    return found
-
-
-def test_a_claim_is_met_only_by_what_was_measured():
-    ours = {"rps@8": 200, "rps@64": 300, "error_cost": 1.5, "storm_worst": 0.4, "storm_failed": 0, "complete@300": 100}
-    lite = {"rps@8": 100, "rps@64": 100}
-    said = outcome(direct={"chunk@50": 0.4}, egress_1=ours | {"chunk@50": 4.2}, ours_1=ours, litellm_1=lite, bare={"rps@8": 50})
-    assert of(said, "2.2x as much as LiteLLM") == ("2.0x", False)
-    assert of(said, "bare: 8 callers") == ("4.0x", False)
-    assert of(said, "4 ms added to a chunk") == ("3.8 ms", True)
-    assert of(said, "an error costs") == ("1.50x", True)
-    assert of(said, "waits over 1 s") == ("0.40 s", True)
-    assert of(said, "300 streams") == ("100 %", True)
-
-
-def test_a_claim_about_a_contender_that_was_skipped_is_not_met():
-    said = outcome(egress_1={"rps@1": 200, "rps@8": 200, "rps@64": 200}, egress_2={"rps@64": 400})
-    assert of(said, "2.2x as much as LiteLLM") == ("not measured", None)
-    # One of the two that it is about is there.
-    assert of(said, "2 workers serve 1.6x") == ("not measured", None)
-    text = report.readme(made_up(egress_1={"rps@8": 200}))
-    assert "Not measured: " in text
-    assert "Every claim" not in text
-
-
 def test_a_call_that_timed_out_took_longer_than_was_waited():
-    bare = {"rps@8": 20, "storm_worst": 20}
-    assert " over 20 " in report.readme(made_up(bare=bare))
-    assert ">over 20<" in report.svg(report.Results(made_up(bare=bare)))
-    assert of(outcome(egress_1=bare, ours_1=bare), "waits over 1 s") == ("over 20 s", False)
+    assert report.shown("storm_worst", report.PATIENCE) == f"over {report.PATIENCE}"
+
+
+def test_pairs_are_compared_within_a_round_and_with_certainty():
+    bench = Bench(1, 1, Path())
+    for name, served in {"both-1": 90, "previous": 100}.items():
+        bench.contenders[name] = Contender(name, name, {})
+        bench.samples[name]["rps@8"] = {round_: served * round_ for round_ in range(1, 11)}  # The machine gets faster and faster.
+    (row,) = [line for line in paired.report(bench).splitlines() if line.startswith("| requests/s")]
+    assert [cell.strip() for cell in row.split("|")][4:9] == ["495", "550", "0.90x", "0.90 to 0.90", "10"]
+    # Of ten, the median lies between the second and the ninth: 1 - 2 * (1 + 10) / 2**10 is 97.9 %.
+    assert paired.interval([*range(10)]) == (1, 8)
+    assert paired.interval([3, 1, 2]) == (1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +124,7 @@ def test_a_call_that_fails_is_not_served(upstream, tmp_path: Path):
     bad = result(wrk(calls(upstream.near, WRONG_KEY), 2, 1, tmp_path))
     assert bad["served"] == bad["per_second"] == 0
     assert latencies(bad) == {}
-    answers = list(calls_until(calls(upstream.near, WRONG_KEY), time.monotonic() + 0.2))
+    answers = list(calls_for(0.2, calls(upstream.near, WRONG_KEY)))
     assert answers
     assert not any(served for _, served in answers)
 

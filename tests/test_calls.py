@@ -71,7 +71,7 @@ def test_streaming_call(client: httpx.Client, model: str, header) -> None:
 def test_streaming_call_with_usage(client: httpx.Client, model: str) -> None:
     body = chat(model, stream=True, stream_options={"include_usage": True})
     last = events(client.post("/v1/chat/completions", headers=ALL_KEYS, json=body))[-1]
-    assert last["choices"] == []
+    assert bool(last["choices"]) == model.startswith("gemini")  # Which has no chunk for the usage alone.
     assert last["usage"]["total_tokens"] > 0
 
 
@@ -118,12 +118,6 @@ def test_a_wrong_key_is_the_vendors_to_refuse(client: httpx.Client, vendor: str)
     response = client.post("/v1/chat/completions", headers=wrong, json=chat(f"{vendor}/any"))
     assert response.status_code == status
     assert words in message(response)
-
-
-def test_a_proxy_page_instead_of_an_answer_is_an_error(client: httpx.Client) -> None:
-    response = client.post("/v1/chat/completions", headers=ALL_KEYS, json=chat("openai/html"))
-    assert response.status_code == 502
-    assert "Bad Gateway" in message(response)
 
 
 def test_a_vendor_that_hangs_up_is_an_error(client: httpx.Client) -> None:
@@ -176,10 +170,3 @@ def test_a_call_that_cannot_work_gets_a_readable_error(server: httpx.Client, cal
     assert words in response.text
     assert "Traceback" not in response.text
     assert server.post("/v1/chat/completions", headers=ALL_KEYS, json=chat(MODELS[0])).is_success
-
-
-def test_extra_parameters_pass_inside_extra_body(client: httpx.Client, vendors: Vendors) -> None:
-    thinking = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
-    body = chat("anthropic/claude-haiku-4-5-20251001", "think about it", extra_body=thinking)
-    assert client.post("/v1/chat/completions", headers=ALL_KEYS, json=body).is_success
-    assert vendors.seen_with("think about it")[-1].json["thinking"] == thinking["thinking"]

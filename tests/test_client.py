@@ -362,7 +362,7 @@ def test_something_else_on_the_port(run, status: int, body: bytes) -> None:
         ("openai/status-429", "answered 429: OpenAI says 429."),
         ("gemini/status-503", "answered 503: Google says 503."),
         ("anthropic/status-500", "answered 500: Anthropic says 500."),
-        ("openai/no-such-model", "answered 404: The model no-such-model does not exist."),
+        ("openai/no-such-model", "answered 404: The model `no-such-model` does not exist or you do not have access to it."),
         ("nobody/anything", "answered 404: Model 'nobody/anything' not found. Use 'client.models.list()' to list available Models."),
         ("openai/html", "answered 502: <html><body><h1>502 Bad Gateway</h1></body></html>"),
         ("openai/hang-up", "answered 500: Internal server error: An unexpected error occurred."),

@@ -1,4 +1,4 @@
-"""The three documents are true: their blocks run as written, their tables say what the files say, their links lead somewhere."""
+"""The documents are true: their blocks run as written, their tables say what the files say, their links lead somewhere."""
 
 import json
 import os
@@ -15,19 +15,20 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
-import llama_stack
 import pytest
 import trustme
 import yaml
-from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, RUN_YAML, chat, vendor_of
-from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually, free_port
+from support.calls import ALL_KEYS, CHAT, EMBEDDINGS, MODELS, RUN_YAML, caller, chat, responses, vendor_of
+from support.gateway import HAPROXY, PROJECT, START, Gateway, clean_environ, eventually, free_port
+from support.network import NameServer
 from support.services import ISSUER, Services
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
 USER, OPERATOR, SCEPTIC = "README.md", "deploy/README.md", "tests/README.md"
-DOCUMENTS = {name: (PROJECT / name).read_text() for name in (USER, OPERATOR, SCEPTIC)}
+PROGRAMS, DIFFERENCES = "docs/programs.md", "docs/differences.md"
+DOCUMENTS = {name: (PROJECT / name).read_text() for name in (USER, OPERATOR, SCEPTIC, PROGRAMS, DIFFERENCES)}
 SHELLS = [shell for shell in ("sh", "bash", "zsh") if shutil.which(shell)]
-PACKAGES = Path(llama_stack.__file__).parent.parent
+NEEDS_HAPROXY = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
 
 
 class Block(NamedTuple):
@@ -56,20 +57,38 @@ def block(document: str, marker: str) -> str:
     return found
 
 
-def test_every_block_is_proven_somewhere() -> None:
-    """Those of README.md are run all at once. Each of the others is named by a test below."""
-    assert all(text.count("```") == 2 * sum(block.document == name for block in BLOCKS) for name, text in DOCUMENTS.items())
-    assert {block.language for block in BLOCKS if block.document == USER} == {"sh", "yaml", "python", "text"}
-    others = [block.text for block in BLOCKS if block.document != USER]
-    assert [sum(marker in text for marker in ELSEWHERE) for text in others] == [1] * len(others)
-    assert len(others) == len(ELSEWHERE)
-
-
-# What tells each block of the other two documents from the rest.
-TEAM, EGRESS, MCP, BALANCER = "AUTH_ISSUER=", "EGRESS=1", "NO_PROXY=", "balancer.cfg"
-SYSTEMD, IMAGE, APPLY, KUSTOMIZE = "systemctl", "podman", "kubectl", "configMapGenerator"
+# What tells each block of the documents from the rest, but for those of README.md, which are run all at once.
+TEAM, DOORS, HEALTH, UPGRADE, ROLLBACK = "AUTH_ISSUER=", "FRONT=1 EGRESS=1", "curl -fsS", "git pull", "git checkout"
+MCP, BEHIND, BALANCER, SYSTEMD = "NO_PROXY=", "FRONT=0 LLAMA_STACK_HOST", "GATEWAY_A=", "systemctl"
+IMAGE, DOCKER, FRONT_IMAGE, KUSTOMIZE, APPLY = (
+    "podman build",
+    "docker build",
+    "--network container",
+    "configMapGenerator",
+    "kubectl",
+)
 SUITE, ONE_TEST, AUDIO = "make test\n", "pytest", "input_audio"
-ELSEWHERE = (TEAM, EGRESS, MCP, BALANCER, SYSTEMD, IMAGE, APPLY, KUSTOMIZE, SUITE, ONE_TEST, AUDIO)
+MARKERS = (
+    *(TEAM, DOORS, HEALTH, UPGRADE, ROLLBACK, MCP, BEHIND, BALANCER, SYSTEMD, IMAGE, DOCKER, FRONT_IMAGE, KUSTOMIZE, APPLY),
+    *(SUITE, ONE_TEST, AUDIO),
+)
+
+
+def test_every_block_is_run_by_a_test() -> None:
+    for name, text in DOCUMENTS.items():
+        assert text.count("```") == 2 * sum(each.document == name for each in BLOCKS), f"a block of {name} has no end"
+    for each in BLOCKS:
+        if each.document == PROGRAMS:  # Which `make programs` runs.
+            continue
+        if each.document == USER:
+            assert each.language in ("sh", "yaml", "python", "text"), f"no test runs a block in {each.language} of {USER}"
+        else:
+            found = [marker for marker in MARKERS if marker in each.text]
+            assert len(found) == 1, (
+                f"This block of {each.document} needs a marker of its own in MARKERS, and a test that runs it:\n{each.text}"
+            )
+    unused = [marker for marker in MARKERS if not any(marker in each.text for each in BLOCKS)]
+    assert not unused, f"no document has a block with {unused} any more: take the marker and its test away"
 
 
 @pytest.fixture
@@ -103,11 +122,10 @@ def test_a_user_can_type_every_block(copy: Path, vendors: Vendors) -> None:
         config["registered_resources"]["models"] += yaml.safe_load(text)
     (copy / "run.yaml").write_text(yaml.safe_dump(config))
 
-    typed = [text.replace("8321", port) for text in blocks(USER, "sh")]
+    typed = [text.replace("8321", port) for text in blocks(USER, "sh") if not is_native(text)]
     start = typed.index("make server\n")
     for text in typed[:start]:
-        # This suite is what `make test` runs.
-        run("\n".join(line for line in text.splitlines() if not line.startswith("make test")), copy)
+        run(text, copy)
     assert (copy / ".env").stat().st_mode & 0o777 == 0o600
     file = (copy / ".env").read_text()
     for name, key in KEY_VARIABLES.items():
@@ -137,6 +155,41 @@ def test_a_user_can_type_every_block(copy: Path, vendors: Vendors) -> None:
             *MODELS,
             *(each["model_id"] for each in yaml.safe_load(blocks(USER, "yaml")[0])),
         ]
+
+
+def is_native(text: str) -> bool:
+    """Whether a block calls a vendor's own path, which is closed where the stand-ins are reached by HTTPS_PROXY."""
+    return bool(re.search(r"/(openai|gemini|anthropic)/v1", text))
+
+
+@pytest.fixture(scope="module")
+def doors(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with both doors, which finds the stand-ins by a name server."""
+    with NameServer() as names:
+        settings = {
+            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
+            "EGRESS_CA": str(vendors.ca_file),
+            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
+        }
+        with Gateway(tmp_path_factory.mktemp("doors"), START, **settings) as gateway:
+            yield gateway
+
+
+@pytest.fixture(scope="module")
+def bare(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway without either door."""
+    with Gateway(tmp_path_factory.mktemp("bare"), START, FRONT="0", EGRESS="0", **vendors.environ()) as gateway:
+        yield gateway
+
+
+@NEEDS_HAPROXY
+def test_a_user_can_call_a_vendors_own_path(copy: Path, doors: Gateway) -> None:
+    (copy / ".env").write_text("".join(f"{name}={key}\n" for name, key in KEY_VARIABLES.items()))
+    native = [text for text in blocks(USER, "sh") if is_native(text)]
+    assert native, f"{USER} shows no call on a native path"
+    for text in native:
+        for shell in SHELLS:
+            assert "This is a stand-in for" in run(text, copy, shell, LLAMA_STACK_PORT=str(doors.port))
 
 
 @pytest.fixture
@@ -180,9 +233,10 @@ def test_curl_is_not_called_without_a_key_that_can_be_sent(ask, shell: str, env:
 
 
 def test_in_a_new_terminal_no_call_goes_out_without_a_header() -> None:
-    """Every call of the page is made by the function, which a new terminal does not have."""
+    """Every call to /v1 is made by the function, which a new terminal does not have."""
     for text in blocks(USER, "sh"):
-        assert text.count("curl") == text.count("ask() {")
+        if not is_native(text):
+            assert text.count("curl") == text.count("ask() {")
 
 
 # --- deploy/README.md ---
@@ -206,29 +260,97 @@ def started(copy: Path, command: str, **settings: str) -> Gateway:
     return Gateway(copy.parent, ("sh", "-c", command), copy, **settings)
 
 
-def test_a_team_s_server(copy: Path, vendors: Vendors, certificate: ssl.SSLContext) -> None:
+def test_a_team_s_server_and_its_metrics(copy: Path, vendors: Vendors, certificate: ssl.SSLContext) -> None:
     """As written, but for where the identity provider and the collector are."""
     with Services() as services:
         text = block(OPERATOR, TEAM).replace("https://id.example.com/jwks", f"{services.url}/jwks")
         text = text.replace("http://collector:4318", services.url)
         assert f"AUTH_ISSUER={ISSUER} " in text
-        assert all(f"{name}=" in text for name in ("LLAMA_STACK_HOST", "LLAMA_STACK_WORKERS"))
         gateway = started(copy, text, OTEL_METRIC_EXPORT_INTERVAL="500", **vendors.environ())
         gateway.url, gateway.trust = gateway.url.replace("http:", "https:"), certificate
-        with gateway, httpx.Client(base_url=gateway.url, verify=certificate, trust_env=False, timeout=60) as client:
-            call = {"url": "/v1/chat/completions", "json": chat(MODELS[0])}
-            assert client.post(**call, headers=ALL_KEYS).status_code == 401
-            token = {"Authorization": f"Bearer {services.token()}"}
-            assert client.post(**call, headers=ALL_KEYS | token).is_success
-            assert eventually(services.metrics, 60)
+        with gateway, caller(gateway.url, verify=certificate) as client:
+            assert client.post(CHAT, json=chat(MODELS[0]), headers=ALL_KEYS).status_code == 401
+            headers = ALL_KEYS | {"Authorization": f"Bearer {services.token()}"}
+            for stream in (False, True):
+                assert client.post(CHAT, json=chat(MODELS[0], stream=stream), headers=headers).is_success
+            assert client.post(CHAT, json=chat("openai/status-400"), headers=headers).status_code == 400
+            assert client.post("/v1/responses", json=responses(MODELS[0], stream=True), headers=headers).is_success
+            shown = {name.strip("`"): {*re.findall(r"`([\w.]+)`", labels)} for name, _, labels in rows(OPERATOR, "metric |")}
+            eventually(lambda: shown.keys() <= services.metrics().keys(), 30)
+    found = services.metrics()
+    assert found.keys() == shown.keys(), "the table of metrics in deploy/README.md has other names than what is exported"
+    for name, points in found.items():
+        labels = {label for point in points for label in point} - {"value", *OF_THE_SERVICE}
+        assert labels <= shown[name], f"the table of metrics in deploy/README.md lacks labels of {name}: {labels - shown[name]}"
 
 
-def test_the_egress_proxy_is_demanded(copy: Path) -> None:
-    if not HAPROXY:
-        pytest.skip("HAProxy is not installed")
-    nowhere = {"EGRESS_NAMESERVER": f"127.0.0.1:{free_port()}", "EGRESS_PORT": str(free_port())}
-    with started(copy, block(OPERATOR, EGRESS), **nowhere) as gateway:
-        assert f"through the egress proxy on port {nowhere['EGRESS_PORT']}" in gateway.log
+# What every metric has, because it is the service's.
+OF_THE_SERVICE = {
+    *("service.name", "service.instance.id", "telemetry.sdk.language", "telemetry.sdk.name", "telemetry.sdk.version"),
+    "telemetry.auto.version",
+}
+
+
+@NEEDS_HAPROXY
+def test_both_doors_are_demanded(copy: Path) -> None:
+    with started(copy, block(OPERATOR, DOORS), EGRESS_NAMESERVER="127.0.0.1:9") as gateway:
+        assert f"Open: the front on port {gateway.port}" in gateway.log
+        assert f"the egress door on port {gateway.port + 1}" in gateway.log
+
+
+@NEEDS_HAPROXY
+def test_each_kind_of_log_line_has_the_fields_of_the_table(doors: Gateway, bare: Gateway) -> None:
+    """With both doors, and without any."""
+    shown = {kind: {*re.findall(r"`(\w+)`", fields)} for kind, fields, _ in rows(OPERATOR, "kind |")}
+    for gateway in (doors, bare):
+        with caller(gateway.url) as client:
+            assert client.post(CHAT, headers=ALL_KEYS, json=chat("openai/status-400")).status_code == 400
+    eventually(lambda: '"door": "egress"' in doors.log and '"status": 400' in bare.log, 20)
+    lines = [json.loads(line) for gateway in (doors, bare) for line in gateway.log.splitlines() if line.startswith("{")]
+    kinds = {
+        "a call at the front": [line for line in lines if line.get("door") == "front"],
+        "a call at the egress door": [line for line in lines if line.get("door") == "egress"],
+        "a call at the server": [line for line in lines if "status" in line and "door" not in line],
+        "a sentence": [line for line in lines if "event" in line],
+    }
+    assert kinds.keys() == shown.keys()
+    assert sum(map(len, kinds.values())) == len(lines), "there is a kind of line that the table does not have"
+    for kind, of_kind in kinds.items():
+        found = {name for line in of_kind for name in line}
+        assert found == shown[kind], f"the table of deploy/README.md has other fields of {kind} than the log"
+
+
+def test_its_health_is_asked_for(copy: Path, gateway: Gateway) -> None:
+    printed = run(block(OPERATOR, HEALTH).replace("8321", str(gateway.port)), copy)
+    assert printed in DOCUMENTS[OPERATOR]
+    assert printed
+
+
+def test_an_upgrade_and_the_way_back(tmp_path: Path) -> None:
+    """On a repository with two versions, without starting either."""
+
+    def git(folder: Path, *arguments: str) -> str:
+        name = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.com")
+        environ = clean_environ(tmp_path)
+        return subprocess.run(
+            ["git", *name, *arguments], cwd=folder, env=environ, check=True, capture_output=True, text=True
+        ).stdout
+
+    def version() -> str:
+        return (tmp_path / "clone/Makefile").read_text()
+
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    git(origin, "init", "--quiet")
+    for number in ("one", "two"):
+        (origin / "Makefile").write_text(f"server:\n\t@echo {number} is started\n")
+        git(origin, "add", "Makefile")
+        git(origin, "commit", "--quiet", "-m", number)
+        if number == "one":
+            git(tmp_path, "clone", "--quiet", str(origin), "clone")
+    assert run(block(OPERATOR, UPGRADE), tmp_path / "clone").splitlines()[-1] == "two is started"
+    assert run(block(OPERATOR, ROLLBACK), tmp_path / "clone").splitlines()[-1] == "one is started"
+    assert "one is" in version()
 
 
 def test_a_host_is_permitted(copy: Path, vendors: Vendors) -> None:
@@ -236,24 +358,44 @@ def test_a_host_is_permitted(copy: Path, vendors: Vendors) -> None:
         assert "mcp.example.com" in gateway.environ["NO_PROXY"].split(",")
 
 
-def test_a_balancer(copy: Path, gateway: Gateway, certificate: ssl.SSLContext) -> None:
+@NEEDS_HAPROXY
+def test_a_balancer(copy: Path, vendors: Vendors, certificate: ssl.SSLContext) -> None:
     """As written, but for the addresses: both gateways are one and the same here."""
-    if not HAPROXY:
-        pytest.skip("HAProxy is not installed")
-    port, here = free_port(), f"127.0.0.1:{gateway.port}"
-    text = block(OPERATOR, BALANCER).replace("10.0.0.1:8321", here).replace("10.0.0.2:8321", here)
-    text = text.replace("HAPROXY_BIND=:8443", f"HAPROXY_BIND=127.0.0.1:{port}").replace(" haproxy ", f" {HAPROXY} -db ")
-    assert text.count(here) == 2
-    environ = clean_environ(copy)
-    with subprocess.Popen(["sh", "-c", text], cwd=copy, env=environ, start_new_session=True) as haproxy:
+    behind = block(OPERATOR, BEHIND).replace("10.0.0.1", "127.0.0.1")
+    port = free_port()
+    with started(copy, behind, **vendors.environ()) as gateway:
+        here = f"127.0.0.1:{gateway.port}"
+        text = block(OPERATOR, BALANCER).replace("10.0.0.1:8321", here).replace("10.0.0.2:8321", here)
+        text = text.replace("FRONT_BIND=:8443", f"FRONT_BIND=127.0.0.1:{port}").replace("haproxy -db", f"exec {HAPROXY} -db")
+        assert text.count(here) == 2
+        assert_serves(text, copy, f"https://127.0.0.1:{port}", certificate)
+
+
+@NEEDS_HAPROXY
+def test_a_front_beside_the_image(copy: Path, bare: Gateway, certificate: ssl.SSLContext) -> None:
+    """The second container's command, with the folder that it mounts; the stand-in for the first is a gateway of this machine."""
+    first, second = block(OPERATOR, FRONT_IMAGE).split("podman run ")[1:]
+    assert re.search(r"-p 127\.0\.0\.1:8321:(\d+)", first)[1] == re.search(r"FRONT_BIND=:(\d+)", second)[1]
+    assert "LLAMA_STACK_HOST=127.0.0.1" in first
+    mounted, inside = re.search(r"-v (\S+):(\S+):ro", second).groups()
+    command = (
+        second[second.index("haproxy -db") :].replace(f"-f {inside}/", f"-f {mounted}/").replace("haproxy -db", f"{HAPROXY} -db")
+    )
+    port = free_port()
+    settings = f"FRONT_BIND=127.0.0.1:{port} GATEWAY_A=127.0.0.1:{bare.port}"
+    assert_serves(f"{settings} exec {command}", copy, f"http://127.0.0.1:{port}", certificate)
+
+
+def assert_serves(command: str, folder: Path, url: str, trust: ssl.SSLContext) -> None:
+    """A front that a command starts answers a call, some time after."""
+    with subprocess.Popen(["sh", "-c", command], cwd=folder, env=clean_environ(folder), start_new_session=True) as haproxy:
         try:
-            call = {"url": f"https://127.0.0.1:{port}/v1/chat/completions", "json": chat(MODELS[0]), "headers": ALL_KEYS}
-            with httpx.Client(verify=certificate, trust_env=False, timeout=60) as client:
+            with caller(url, verify=trust) as client:
                 said: list[str] = []
 
                 def served() -> bool:
                     try:
-                        said.append(client.post(**call).text)
+                        said.append(client.post(CHAT, json=chat(MODELS[0]), headers=ALL_KEYS).text)
                     except httpx.TransportError as error:
                         said.append(repr(error))
                     return "stand-in for OpenAI" in said[-1]
@@ -261,6 +403,12 @@ def test_a_balancer(copy: Path, gateway: Gateway, certificate: ssl.SSLContext) -
                 assert eventually(served, 60), said[-1]
         finally:
             os.killpg(haproxy.pid, signal.SIGKILL)
+
+
+def test_docker_is_told_the_same_as_podman() -> None:
+    """But for the format, of which docker has one."""
+    as_docker = block(OPERATOR, IMAGE).replace("podman", "docker").replace(" --format docker", "")
+    assert block(OPERATOR, DOCKER) == as_docker
 
 
 @pytest.mark.parametrize(
@@ -274,8 +422,10 @@ def test_a_balancer(copy: Path, gateway: Gateway, certificate: ssl.SSLContext) -
 def test_what_is_typed_is_what_the_file_says_of_itself(marker: str, file: str) -> None:
     """The other tests of these files take the commands from there: test_systemd.py, test_image.py, test_kubernetes.py."""
     comments = [line.lstrip("# ") for line in (PROJECT / file).read_text().splitlines() if line.startswith("#")]
-    first = comments.index(block(OPERATOR, marker).splitlines()[0])
-    assert comments[first:][: block(OPERATOR, marker).count("\n")] == block(OPERATOR, marker).splitlines()
+    shown = block(OPERATOR, marker).splitlines()
+    assert [line for line in shown if line not in comments] == [], (
+        f"{file} has other commands in its comment than deploy/README.md"
+    )
 
 
 def test_the_cluster_s_settings_can_be_rendered(copy: Path) -> None:
@@ -292,9 +442,20 @@ def test_the_cluster_s_settings_can_be_rendered(copy: Path) -> None:
     rendered = [*yaml.safe_load_all(run(block(OPERATOR, APPLY).partition("|")[0], copy))]
     (pod,) = [each["spec"]["template"]["spec"] for each in rendered if each["kind"] == "Deployment"]
     assert pod["containers"][0]["image"] == "registry.example.com/lls-openai:1"
-    assert pod["initContainers"][0]["name"] == "egress"
+    assert {each["name"] for each in pod["initContainers"]} == {"egress", "front"}
+    assert any(each["kind"] == "Ingress" for each in rendered)
     (data,) = [each["data"] for each in rendered if each["metadata"]["name"].startswith(settings["name"])]
     assert [f"{name}={value}" for name, value in data.items()] == sorted(settings["literals"])
+
+
+# --- docs/differences.md ---
+
+
+def test_the_audio_arrives(gateway: Gateway, vendors: Vendors, copy: Path) -> None:
+    program = f"{sys.executable} - <<'END'\n{block(DIFFERENCES, AUDIO)}\nEND\n"
+    printed = run(program.replace("8321", str(gateway.port)), copy, OPENAI_API_KEY=KEYS["openai"])
+    assert "This is a stand-in for OpenAI" in printed
+    assert vendors.seen_with("UklGRg==")[-1].headers["openai-beta"] == "some-beta"
 
 
 # --- tests/README.md ---
@@ -308,24 +469,15 @@ def test_one_test_can_be_run(copy: Path) -> None:
     assert re.search("[1-9] passed", run(block(SCEPTIC, ONE_TEST), copy))
 
 
-def test_the_audio_arrives(gateway: Gateway, vendors: Vendors, copy: Path) -> None:
-    program = f"{sys.executable} - <<'END'\n{block(SCEPTIC, AUDIO)}\nEND\n"
-    printed = run(program.replace("8321", str(gateway.port)), copy, OPENAI_API_KEY=KEYS["openai"])
-    assert "This is a stand-in for OpenAI" in printed
-    assert vendors.seen_with("UklGRg==")[-1].headers["openai-beta"] == "some-beta"
-
-
-def test_a_command_has_a_row_and_writes_what_it_says() -> None:
+def test_every_target_is_in_a_document() -> None:
     shown = subprocess.run(
         ["make", "help"], cwd=PROJECT, env=clean_environ(PROJECT), capture_output=True, text=True, check=True
     ).stdout
     targets = re.search(r"^\.PHONY: (.*)$", (PROJECT / "Makefile").read_text(), re.MULTILINE)[1].split()
-    assert [line.split()[1] for line in shown.splitlines()] == targets
-    named = {name for text in DOCUMENTS.values() for name in re.findall(r"`?make ([a-z]+)\b", text)} & {*targets}
-    assert named == {*targets}
-    for path in re.findall(r"^\| `(\S+?)` \| ", DOCUMENTS[SCEPTIC], re.MULTILINE):
-        if path.endswith(".py"):
-            assert (PROJECT / "tests" / path).exists(), path
+    assert [line.split()[1] for line in shown.splitlines()] == targets, "give each target of the Makefile a ## comment, in order"
+    named = {name for text in DOCUMENTS.values() for name in re.findall(r"`?make ([a-z]+)\b", text)}
+    for target in set(targets) - {"help"}:
+        assert target in named, f"make {target} is in no document: add it to the table of tools in {SCEPTIC}"
 
 
 # --- tables ---
@@ -342,7 +494,8 @@ def rows(document: str, head: str) -> list[list[str]]:
 def test_the_models_are_those_of_run_yaml() -> None:
     titles = {vendor.name: vendor.title for vendor in VENDORS.values()}
     names = {model["model_id"]: model["metadata"]["display_name"] for model in RUN_YAML["registered_resources"]["models"]}
-    assert rows(USER, "model |") == [[f"`{model}`", titles[vendor_of(model)], names[model]] for model in MODELS]
+    wanted = [[f"`{model}`", titles.get(vendor_of(model), vendor_of(model)), names[model]] for model in MODELS]
+    assert rows(USER, "model |") == wanted, f"the table of models in {USER} and run.yaml differ: change the one that is wrong"
 
 
 def test_a_key_goes_where_the_table_says() -> None:
@@ -355,84 +508,127 @@ def test_a_key_goes_where_the_table_says() -> None:
     }
     goes["gemini_api_key"] = goes["gemini_authorization"]
     shown = {entry.strip("`"): re.match("`(.*?)`", to)[1] for entry, _, to in rows(USER, "entry |")}
-    assert shown == goes
-    assert set(shown) == set(json.loads(next(iter(ALL_KEYS.values()))))
-    assert set(goes.values()) == set(VENDORS)
+    assert shown == goes, f"the table of the header's entries in {USER} and run.yaml differ"
+    sent = set(json.loads(next(iter(ALL_KEYS.values()))))
+    assert set(shown) == sent, "the tests send other entries (ALL_KEYS): the stand-ins in tests/support/vendors lack a vendor"
 
 
-# Read by the files, and not for anybody to set: a shell's own, and words between the scripts.
-INTERNAL = {"PATH", "HOME", "CURDIR", "EGRESS_WAY", "DEAD_CONNECTIONS"}
+# Read by HAProxy's configuration, and not for anybody to set: its own words, and what the start alone tells it.
+INTERNAL = {"START", "KEY_LIST", "BARE_KEY", "DEAD_CONNECTIONS"}
 
 
-def read() -> set[str]:
-    """The variables that the files read."""
-    text = {name: (PROJECT / name).read_text() for name in ("run.yaml", "main.py", "deploy/settings.sed")}
-    names = {*re.findall(r"\$\{env\.(\w+)", text["run.yaml"])}
-    names |= {*re.findall(r"environ\.get\([\"'](\w+)", text["main.py"]), *re.findall(r'"([A-Z]+_API_KEY)"', text["main.py"])}
-    names |= {*re.findall(r"/\^?([A-Z_]{4,})=", text["deploy/settings.sed"])}
-    for script in ("deploy/serve.sh", "deploy/egress/serve.sh"):
-        names |= {*re.findall(r"\$\{?([A-Z][A-Z0-9_]+)", (PROJECT / script).read_text())}
-    for config in ("deploy/egress/haproxy.cfg", "deploy/balancer.cfg"):
-        names |= {*re.findall(r"\$\{([A-Z_]+)", (PROJECT / config).read_text())}
-    return names - INTERNAL
+class Setting(NamedTuple):
+    """A variable, where it is read, and its default there."""
+
+    name: str
+    file: str
+    default: str
+
+
+def read_by_the_start() -> list[Setting]:
+    """What deploy/start checks, takes from run.yaml, and sets where it is not set, asked from itself."""
+    program = """if True:
+        import json, sys
+        sys.path.insert(0, "deploy/start")
+        import environment, run_yaml, settings
+        defaults = run_yaml.read().defaults
+        collector = settings.Settings({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector"}, defaults)
+        telemetry = environment.telemetry(collector)
+        del telemetry["OTEL_EXPORTER_OTLP_ENDPOINT"], telemetry["OTEL_LOGS_EXPORTER"]
+        names = [*settings.CHECKS, *settings.OF_THE_CLIENT, *(name.upper() for name in environment.PROXIES)]
+        print(json.dumps(dict.fromkeys(names, "") | defaults | telemetry))
+    """
+    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    # Plain HTTP is closed whatever it says.
+    return [Setting(name, "deploy/start", value) for name, value in json.loads(done.stdout).items() if name not in NO_SETTING]
+
+
+NO_SETTING = {"HTTP_PROXY", "no_proxy"}
+
+
+def read_by_haproxy() -> list[Setting]:
+    found = []
+    for file in sorted((PROJECT / "deploy/haproxy").glob("*.cfg")):
+        for name, default in re.findall(r"\$\{([A-Z_]+)(?:\[\*\])?(?:-([^}]*))?}", file.read_text()):
+            found.append(Setting(name, str(file.relative_to(PROJECT)), "" if default.startswith("@") else default))
+        for name, default in re.findall(r"^    setenv ([A-Z_]+) (\S+)$", file.read_text(), re.MULTILINE):
+            found.append(Setting(name, str(file.relative_to(PROJECT)), default))
+    return [setting for setting in found if setting.name not in INTERNAL]
+
+
+def settings() -> list[Setting]:
+    """All that can be set, with the client's. The start's word on a default goes before HAProxy's."""
+    main, start = (PROJECT / "main.py").read_text(), read_by_the_start()
+    names = [*re.findall(r"environ\.get\([\"'](\w+)", main), *re.findall(r'"([A-Z]+_API_KEY)"', main)]
+    certificates = re.findall(r'"(SSL_CERT_\w+)"', (PROJECT / "deploy/start/environment.py").read_text())
+    named = {each.name for each in start}
+    haproxys = [each for each in read_by_haproxy() if each.name not in named or each.default]
+    return [
+        *haproxys,
+        *start,
+        *(Setting(name, "main.py", "") for name in names if name not in named),
+        *(Setting(name, "deploy/start/environment.py", "") for name in certificates),
+    ]
 
 
 def test_every_setting_is_in_one_table_once() -> None:
     shown = Counter(
         name for document in DOCUMENTS for row in rows(document, "variable |") for name in re.findall(r"`(\w+)`", row[0])
     )
-    assert [name for name, count in shown.items() if count > 1] == []
-    assert set(shown) == read()
+    for setting in settings():
+        assert setting.name in shown, (
+            f"{setting.file} reads {setting.name}, and no document says so: "
+            f"add a row to a table of settings in {USER} or {OPERATOR}"
+        )
+    named = {setting.name for setting in settings()}
+    for name, count in shown.items():
+        assert name in named, f"a table of settings has {name}, and nothing reads it: take the row away"
+        assert count == 1, f"{name} is in {count} tables of settings: leave it in one"
 
 
 def test_a_setting_has_the_default_that_the_table_says() -> None:
-    defaults = dict(re.findall(r"\$\{env\.(\w+):=([^}]+)}", (PROJECT / "run.yaml").read_text()))
-    for config in ("deploy/egress/haproxy.cfg", "deploy/balancer.cfg"):
-        defaults |= dict(re.findall(r"\$\{(?!EGRESS_CA)([A-Z_]+)-([^}]+)}", (PROJECT / config).read_text()))
-    defaults |= dict(re.findall(r'(OTEL_\w+)="\$\{\w+:-([^}]+)}', (PROJECT / "deploy/serve.sh").read_text()))
-    defaults |= {"EGRESS_PORT": "LLAMA_STACK_PORT", "LLAMA_STACK_LOG_FORMAT": "json"}  # The first and one more; serve.sh's own.
+    defaults = {setting.name: setting.default for setting in settings() if setting.default}
+    # The first of both is one more than the other; the second is the start's own.
+    defaults |= {"EGRESS_PORT": "LLAMA_STACK_PORT", "LLAMA_STACK_LOG_FORMAT": "json"}
+    # These stand in the configuration where what is set is known not to be empty, or where a list must not be.
+    for name in ("EGRESS_BIND", "EGRESS_NAMESERVER", "LLAMA_STACK_HOSTS"):
+        defaults.pop(name, None)
     for document in DOCUMENTS:
         for names, default, _ in rows(document, "variable |"):
             name, *_ = re.findall(r"`(\w+)`", names)
-            assert [*re.findall(r"`([^`]+)`", default), ""][0] == defaults.get(name, ""), name
+            said = [*re.findall(r"`([^`]+)`", default), ""][0]
+            assert said == defaults.get(name, ""), (
+                f"{document} says that {name} is {said!r} by default; it is {defaults.get(name)!r}"
+            )
 
 
-# --- figures, links, size ---
+def test_the_log_s_reasons_are_explained() -> None:
+    """Those that deploy/start/log.py has are in the table of 500s, and what the table quotes is in the files."""
+    program = """if True:
+        import json, sys
+        sys.path.insert(0, "deploy/start")
+        import log
+        print(json.dumps([*(reason for _, reason in log.REASONS), *log.KINDS.values()]))
+    """
+    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    table = " ".join(cell for row in rows(OPERATOR, "callers see |") for cell in row)
+    for reason in json.loads(done.stdout):
+        assert reason in table, f"add “{reason}”, which the log may say, to the table “500: look where?” in {OPERATOR}"
+    files = [*(PROJECT / "deploy/start").glob("*.py"), *(PROJECT / "deploy/haproxy").glob("*.cfg")]
+    text = "".join(file.read_text() for file in files)
+    for _, said, _ in rows(OPERATOR, "callers see |"):
+        for words in re.findall(r"`([^`]+)`", said):
+            words = words.removeprefix("A call failed: ")
+            if not re.match(r"(door|to): ", words):
+                assert words in text, f"nothing in deploy/start or deploy/haproxy says “{words}”, which {OPERATOR} quotes"
 
-# Each figure of the documents' prose, with a file and what is in it: whoever changes one changes the other.
-FIGURES = {
-    "35 MB": ("Makefile", "$(call first,35)"),
-    "70 MB": ("Makefile", "$(call first,70)"),
-    "105 MB": ("Makefile", "$(call first,105)"),
-    "17 MB": ("Makefile", "(17 MB)"),
-    "5 minutes": ("Makefile", "about 5 minutes"),
-    "40 ms": ("tests/tools/bench/results.md", "A vendor 40 ms away"),
-    "600 s": ("deploy/kubernetes/deployment.yaml", "600 s that the stock provider gives a vendor"),
-    "20 MB": ("deploy/balancer.cfg", "gt 20000000 }"),
-    "1 MB": ("deploy/balancer.cfg", "For 1 MB of wrong messages"),
-    "5 s": (PACKAGES / "uvicorn/config.py", "timeout_worker_healthcheck: int = 5"),
-    "30 s": (PACKAGES / "jwt/jwks_client.py", "cooldown_duration: float = 30,"),
-}
+
+# --- links ---
 
 
 def prose(text: str) -> str:
     """A document without its blocks and what tools have written into it."""
     return re.sub(r"^```.*?^```$|<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_figure_has_a_source(document: str) -> None:
-    figures = re.findall(
-        r"(?<![\w.,:/-])(\d[\d.,]*) ?(ms|s|[KMG]B|minutes?|hours?|seconds|x|%)(?!\w)", prose(DOCUMENTS[document])
-    )
-    for number, unit in figures:
-        file, words = FIGURES[f"{number} {unit}"]
-        assert words in (PROJECT / file).read_text(), (number, unit)
-
-
-def test_no_figure_is_left_over() -> None:
-    everything = " ".join(map(prose, DOCUMENTS.values()))
-    assert [figure for figure in FIGURES if figure not in everything] == []
 
 
 def anchors(text: str) -> set[str]:
@@ -448,19 +644,15 @@ def test_every_link_leads_somewhere(document: str) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = PROJECT / document if not path else (PROJECT / document).parent / path
-        assert target.exists(), link
+        assert target.exists(), f"{document} links to {link}, and there is no such file"
         if anchor:
-            assert anchor in anchors(target.read_text()), link
+            assert anchor in anchors(target.read_text()), f"{document} links to {link}, and there is no such heading"
 
 
 def test_the_documents_name_files_that_are_there() -> None:
     for document, text in DOCUMENTS.items():
         for path in re.findall(r"`((?:deploy|tests)/[\w./-]+)`", text):
-            assert (PROJECT / path).exists(), (document, path)
-
-
-def test_one_sitting_is_enough() -> None:
-    assert len(DOCUMENTS[USER].splitlines()) <= 220
+            assert (PROJECT / path).exists(), f"{document} names {path}, which is not there"
 
 
 def test_each_says_first_whom_it_is_for() -> None:

@@ -54,6 +54,14 @@ def test_streamed_tool_call(ends: BothEnds, settings: dict) -> None:
     ends.assert_unchanged()
 
 
+def test_tools_and_a_schema_cannot_be_streamed(ends: BothEnds, settings: dict) -> None:
+    """LangChain takes the SDK's helper for that, which takes the server's `"type": null` for the type of a call."""
+    llm = langchain(ends, settings, "openai/tool-call").bind_tools([WEATHER_TOOL], response_format=Weather, strict=True)
+    with pytest.raises(AssertionError):
+        list(llm.stream("Hello"))
+    assert llm.invoke("Hello").tool_calls[0]["args"] == {"city": "Paris"}
+
+
 def test_structured_output(ends: BothEnds, settings: dict) -> None:
     llm = langchain(ends, settings, "openai/structured").with_structured_output(Weather)
     assert llm.invoke("Hello") == Weather(city="Paris", degrees=21)

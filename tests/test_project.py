@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.gateway import PROJECT, clean_environ, eventually, wait_for
+from support.calls import caller, chat
+from support.gateway import HAPROXY, PROJECT, alive, clean_environ, eventually, wait_for
+from support.terminal import Terminal
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
 
@@ -82,3 +84,31 @@ def test_demo_leaves_nothing_running_when_it_is_interrupted(tmp_path: Path, numb
         demo.send_signal(number)
     assert demo.wait(60) != 0
     assert eventually(lambda: not any(map(arguments, started))), f"still running: {list(filter(None, map(arguments, started)))}"
+
+
+def test_advisories_that_cannot_be_had_are_a_sentence(tmp_path: Path) -> None:
+    settings = {"HTTPS_PROXY": "http://127.0.0.1:9", "UV_HTTP_RETRIES": "0"}
+    told = subprocess.run(
+        ["make", "advisories"], cwd=PROJECT, env=clean_environ(tmp_path, **settings), capture_output=True, text=True, check=False
+    )
+    assert told.returncode != 0
+    assert "The advisories could not be listed." in told.stderr
+
+
+def test_demo_stays_with_a_page_until_it_is_stopped(tmp_path: Path) -> None:
+    """Both ways work with the fake key that it names: through the server, and past it to the vendor's own API."""
+    with Terminal(("make", "demo", "STAY=1"), clean_environ(tmp_path)) as demo:
+        if not HAPROXY:
+            demo.wait_for("need HAProxy 2.6 or later")
+        demo.wait_for("Ctrl-C ends all of it.")
+        if HAPROXY:
+            url = re.search(r"Open (\S+) in your browser", demo.screen)[1]
+            with caller(url) as client:
+                assert "<title>" in client.get("/").text
+                for path, model in (("/v1", "openai/gpt-4o"), ("/openai/v1", "gpt-4o")):
+                    key = {"Authorization": "Bearer sk-fake-openai" if path != "/v1" else "Bearer openai=sk-fake-openai"}
+                    assert client.post(f"{path}/chat/completions", headers=key, json=chat(model)).is_success
+        started = psutil.Process(demo.process.pid).children(recursive=True)
+        demo.press(b"\x03")
+        demo.wait()
+        assert eventually(lambda: not any(map(alive, started))), started

@@ -14,6 +14,8 @@ import signal
 import sys
 import threading
 
+sys.dont_write_bytecode = True  # The project's folder may be somebody else's.
+
 import environment
 import log
 import reachability

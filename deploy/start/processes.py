@@ -138,4 +138,5 @@ def read(connection: socket.socket, take: Callable[[str], None]) -> None:
     with connection, connection.makefile("rb") as lines:
         whole = connection.type == socket.SOCK_SEQPACKET
         while said := connection.recv(LONGEST) if whole else lines.readline(LONGEST):
-            take(said.decode(errors="replace").rstrip("\n"))
+            with contextlib.suppress(Exception):  # Whatever is wrong with a line, who writes the next must not wait.
+                take(said.decode(errors="replace").rstrip("\n"))

@@ -18,10 +18,14 @@ for (const [name, of] of [["default", openai], ["chat", openai.chat], ["compatib
   for await (const delta of streamText({ model: of(`${model}/any`), ...more }).textStream) text += delta;
   print(`${name} stream`, text);
 
+  text = "";
+  for await (const delta of streamText({ model: of(`${model}/no-top-logprobs`), onError() {}, ...more }).textStream) text += delta;
+  print(`${name} no top_logprobs`, text);
+
   const cities = [];
   const inputSchema = z.object({ city: z.string() });
   const weather = tool({ inputSchema, execute: async ({ city }) => (cities.push(city), `21 in ${city}`) });
-  const steps = { tools: { weather }, stopWhen: stepCountIs(3) };
+  const steps = { tools: { weather }, stopWhen: stepCountIs(3), onError() {} };
   print(`${name} tool`, (await generateText({ model: of(`${model}/tool-call`), ...steps, ...more })).text);
 
   text = "";
@@ -29,7 +33,7 @@ for (const [name, of] of [["default", openai], ["chat", openai.chat], ["compatib
   print(`${name} streamed tool`, text);
 
   cities.length = 0;
-  await streamText({ model: of(`${model}/tool-calls`), ...steps, ...more }).consumeStream();
+  await streamText({ model: of(`${model}/tool-calls`), ...steps, ...more }).consumeStream({ onError() {} });
   print(`${name} streamed tools`, cities.sort());
 
   const output = Output.object({ schema: z.object({ city: z.string(), degrees: z.number() }) });

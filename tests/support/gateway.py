@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -306,4 +307,18 @@ def processes(leader: int) -> list[tuple[str, ...]]:
     for process in family(leader):
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append((str(process.pid), *process.cmdline()))
+    return found
+
+
+def in_memory(pid: int, pattern: bytes) -> set[bytes]:
+    """What a process has of `pattern` in the memory that it may write to. Source: proc(5), maps and mem."""
+    found: set[bytes] = set()
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, rights = line.split()[:2]
+            if rights.startswith("rw"):
+                start, end = (int(address, 16) for address in span.split("-"))
+                with contextlib.suppress(OSError):
+                    memory.seek(start)
+                    found |= set(re.findall(pattern, memory.read(end - start)))
     return found

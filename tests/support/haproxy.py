@@ -38,9 +38,9 @@ class HAProxy:
             "HAPROXY_SOCKET": str(self.socket),
         } | settings
 
-    def start(self, **more: Any) -> None:
-        """Start the process, and wait for nothing. `more` goes to Popen."""
-        command = [HAPROXY, "-db", *(word for name in self.files for word in ("-f", str(CONFIGURATION / f"{name}.cfg")))]
+    def start(self, mode: str = "-db", **more: Any) -> None:
+        """Start the process, and wait for nothing. `more` goes to Popen. With `-c` it checks the files and exits."""
+        command = [HAPROXY, mode, *(word for name in self.files for word in ("-f", str(CONFIGURATION / f"{name}.cfg")))]
         self.folder.mkdir(exist_ok=True)
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
@@ -90,14 +90,21 @@ class HAProxy:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def raw(self, request: bytes) -> bytes:
-        """What the front answers to these bytes, until it closes the connection: the request should ask for that."""
+        """What the front answers to these bytes: until the connection is closed, or the length is reached that it tells."""
         with self.connect() as connection:
             connection.sendall(request)
             answer = b""
             with contextlib.suppress(ConnectionError):
-                while data := connection.recv(65536):
-                    answer += data
+                while (data := connection.recv(65536)) and not complete(answer := answer + data):
+                    pass
         return answer
+
+
+def complete(answer: bytes) -> bool:
+    """Whether an answer that tells its length has come to its end."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return bool(length) and b"\r\n\r\n" in answer and len(body) >= int(length[1])
 
 
 def answers(port: int) -> bool:
@@ -107,6 +114,9 @@ def answers(port: int) -> bool:
     return False
 
 
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
 class Recorder(InBackground):
     """What stands in for a gateway where a test must see what one gets. A context manager.
 
@@ -114,7 +124,7 @@ class Recorder(InBackground):
     "close" the connection without an answer, or "stall". `alive` counts the connections that wait for an answer.
     """
 
-    def __init__(self, mode: str = "answer", answer: bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") -> None:
+    def __init__(self, mode: str = "answer", answer: bytes = OK) -> None:
         self.mode, self.answer = mode, answer
         self.heads: list[str] = []
         self.alive = 0
@@ -138,7 +148,7 @@ class Recorder(InBackground):
             if not health:
                 self.heads.append(head)
             if self.mode == "answer" or health:
-                writer.write(self.answer)
+                writer.write(OK if health else self.answer)
                 await writer.drain()
             elif self.mode == "stall":
                 self.alive += 1

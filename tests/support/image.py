@@ -1,7 +1,8 @@
-"""What deploy/Containerfile says, for the tests that compare it with what others say."""
+"""What deploy/Containerfile says, for the tests that do what it says without an engine, and with one."""
 
 import re
-from pathlib import PurePosixPath
+import shutil
+from pathlib import Path, PurePosixPath
 
 from .gateway import PROJECT
 
@@ -9,9 +10,9 @@ CONTAINERFILE = PROJECT / "deploy/Containerfile"
 
 
 def commands() -> tuple[list[str], list[str]]:
-    """The commands that build the image and run it, which are the file's first two lines."""
-    build, run, *_ = CONTAINERFILE.read_text().splitlines()
-    return build.removeprefix("# ").split(), run.removeprefix("# ").split()
+    """The commands that build the image and run it, from the comment that the file begins with."""
+    build, run = re.findall(r"^# (podman .*)$", CONTAINERFILE.read_text(), re.MULTILINE)
+    return build.split(), run.split()
 
 
 def stages() -> list[list[tuple[str, str]]]:
@@ -42,8 +43,24 @@ def copied(stage: list[tuple[str, str]]) -> list[str]:
     return [pattern for line in lines if not line[0].startswith("--from") for pattern in line]
 
 
+def handed() -> list[str]:
+    """The patterns of the files that the builder is handed."""
+    lines = Path(f"{CONTAINERFILE}.dockerignore").read_text().splitlines()
+    return [line[1:] for line in lines if line.startswith("!")]
+
+
 def matches(file: str, patterns: list[str]) -> bool:
     """Whether a file is meant by one of the patterns, where * stands for no slash, as it does for a builder."""
     return any(
         len(PurePosixPath(file).parts) == len(PurePosixPath(each).parts) and PurePosixPath(file).match(each) for each in patterns
     )
+
+
+def lay_out(folder: Path) -> Path:
+    """Copy into `folder` what the image has of the project: what the last stage takes of what the builder is handed."""
+    for path in (path for pattern in copied(stages()[-1]) for path in PROJECT.glob(pattern)):
+        file = path.relative_to(PROJECT)
+        if matches(str(file), handed()):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / file)
+    return folder

@@ -127,7 +127,7 @@ class NativeVendors(InBackground):
     """The stand-ins, as a context manager. `arrived` holds the requests in order of arrival, `opened` counts connections.
 
     A path that ends in `/status/NNN` is answered with that status, `/redirect` leads elsewhere, `/intrusive` has INTRUSIVE in its
-    answer, `/echo` gives the body back, `/silent` no answer; a web socket is echoed byte by byte.
+    answer, `/echo` gives the body back, `/silent` no answer and `/cut` one without an end; a web socket is echoed byte by byte.
     """
 
     def __init__(self) -> None:
@@ -151,12 +151,12 @@ class NativeVendors(InBackground):
         """The body that follows a head."""
         if headers.get("transfer-encoding") != "chunked":
             return await reader.readexactly(int(headers.get("content-length", 0)))
-        body = b""
+        body = bytearray()
         while size := int((await reader.readline()).split(b";")[0], 16):
             body += (await reader.readexactly(size + 2))[:-2]
         while (await reader.readline()).strip():
             pass
-        return body
+        return bytes(body)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from the proxy, with calls one after the other."""
@@ -198,7 +198,7 @@ class NativeVendors(InBackground):
         streamed = b'"stream":true' in call.body.replace(b" ", b"") or ":streamGenerate" in path
         pieces = [json.dumps({"vendor": call.vendor}).encode()]
         if "/status/" in path:
-            status = int(path.rpartition("/")[2])
+            status = int(path.rstrip("/").rpartition("/")[2])
             pieces = [json.dumps({"error": {"message": f"The vendor says {status}.", "type": "x", "code": status}}).encode()]
         elif path.endswith("/redirect"):
             status, more = 302, more | {"location": "https://elsewhere.example/file"}
@@ -225,6 +225,8 @@ class NativeVendors(InBackground):
         for piece in filter(None, pieces):
             writer.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
             await writer.drain()
+        if path.endswith("/cut"):
+            raise ConnectionResetError("the stand-in hangs up")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
 

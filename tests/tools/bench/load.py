@@ -1,16 +1,17 @@
-"""The callers: wrk for regular calls, an asyncio client for streams, whose chunks wrk cannot time."""
+"""The callers: wrk for regular calls, aiohttp for streams, whose chunks wrk cannot time."""
 
 import asyncio
+import contextlib
 import json
 import re
-import ssl
 import statistics
 import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+
+import aiohttp
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 20
 
@@ -94,54 +95,8 @@ class Streams:
     seconds: float = 0.0
 
 
-class Reader(asyncio.Protocol):
-    """One caller's connection: sends a streaming call, reads it to its end, and again, `calls` times over."""
-
-    stamp = re.compile(rb"@(\d+\.\d+) ")
-    last = re.compile(rb'"finish_reason": ?"stop"')
-
-    def __init__(self, request: bytes, calls: int, seen: Streams) -> None:
-        self.request, self.left, self.seen = request, calls, seen
-        self.finished = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.transport = transport
-        self.call()
-
-    def call(self) -> None:
-        """Send the next call, or hang up after the last."""
-        if not self.left:
-            self.transport.close()
-            return
-        self.left -= 1
-        self.seen.started += 1
-        self.tail, self.waiting, self.stopped, self.sent = b"", True, False, time.monotonic()
-        self.transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
-        if not self.tail and not data.startswith(b"HTTP/1.1 200"):
-            self.transport.close()
-            return
-        data = self.tail + data
-        end = 0
-        for match in self.stamp.finditer(data):
-            end = match.end()
-            self.seen.chunks += 1
-            self.seen.delays.append(now - float(match[1]))
-            if self.waiting:
-                self.waiting = False
-                self.seen.first.append(now - self.sent)
-        self.stopped = self.stopped or bool(self.last.search(data, end))
-        # A stamp or the ending may be cut in two by the network: keep what could be the start of either.
-        self.tail = data[max(end, len(data) - 64) :]
-        if self.tail.endswith(b"\r\n0\r\n\r\n"):
-            self.seen.complete += self.stopped
-            self.call()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.finished.done():
-            self.finished.set_result(None)
+STAMP = re.compile(rb"@(\d+\.\d+) ")
+LAST = re.compile(rb'"finish_reason": ?"stop"')
 
 
 def stream(call: Call, at_a_time: int, chunks: int, gap: float, calls: int = 1, seconds: float = 60) -> Streams:
@@ -149,25 +104,42 @@ def stream(call: Call, at_a_time: int, chunks: int, gap: float, calls: int = 1, 
 
     What has not ended after `seconds` is hung up on, and counts as started but not complete.
     """
-    url = urlsplit(call.url)
+    seen = Streams()
     body = call.body(f"{chunks} chunks, {gap:.0f} ms apart. {PROMPT}", stream=True)
-    headers = {"Host": url.netloc, "Content-Type": "application/json", "Content-Length": str(len(body))} | call.headers
-    request = (f"POST {url.path} HTTP/1.1\r\n" + "".join(f"{n}: {v}\r\n" for n, v in headers.items()) + f"\r\n{body}").encode()
-    # The readers measure time, not trust: the certificate is checked by the contenders.
-    context = ssl._create_unverified_context() if url.scheme == "https" else None
+    headers = {"Content-Type": "application/json"} | call.headers
 
-    async def run() -> Streams:
-        seen, loop = Streams(), asyncio.get_running_loop()
+    async def read(session: aiohttp.ClientSession) -> None:
+        """Read one stream, and note when its chunks arrive."""
+        seen.started += 1
+        sent, stopped, arrived = time.monotonic(), False, 0
+        # The readers measure time, not trust: the certificate is checked by the contenders.
+        async with session.post(call.url, data=body, headers=headers, ssl=False) as answer:
+            answer.raise_for_status()
+            async for line in answer.content:
+                if stamp := STAMP.search(line):
+                    now = time.monotonic()
+                    seen.delays.append(now - float(stamp[1]))
+                    if not arrived:
+                        seen.first.append(now - sent)
+                    arrived += 1
+                stopped = stopped or bool(LAST.search(line))
+        seen.chunks += arrived
+        seen.complete += stopped
+
+    async def caller(session: aiohttp.ClientSession) -> None:
+        with contextlib.suppress(aiohttp.ClientError):
+            for _ in range(calls):
+                await read(session)
+
+    async def run() -> None:
         start = time.monotonic()
-        opening = [
-            loop.create_connection(lambda: Reader(request, calls, seen), url.hostname, url.port, ssl=context)
-            for _ in range(at_a_time)
-        ]
-        readers = [reader for _, reader in await asyncio.gather(*opening)]
-        await asyncio.wait([reader.finished for reader in readers], timeout=seconds)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            callers = [asyncio.create_task(caller(session)) for _ in range(at_a_time)]
+            _, late = await asyncio.wait(callers, timeout=seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         seen.seconds = time.monotonic() - start
-        for reader in readers:
-            reader.transport.abort()
-        return seen
 
-    return asyncio.run(run())
+    asyncio.run(run())
+    return seen

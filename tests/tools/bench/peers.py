@@ -5,7 +5,6 @@ recommends for production, as far as that can be had without a database: each se
 All of them find the same vendor, over TLS, with the same throwaway CA.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -15,19 +14,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-import psutil
-from support.gateway import PROJECT, PROVIDER_DATA, Gateway, free_port
+from support.gateway import HAPROXY, PROJECT, PROVIDER_DATA, Gateway, free_port
 from support.services import ISSUER, Services
 
 from .load import Call
 from .upstream import GOOD_KEY, WRONG_KEY, Upstream
 
 CACHE = PROJECT / ".bench"
+# The last commit before the start was a program, and before the front: `make server` with its egress proxy.
+PREVIOUS = "4155940"
 
 
 class Stopped(SystemExit):
@@ -84,28 +84,9 @@ class Server(Gateway):
         """As any gateway, but patiently: some peers take long."""
         return super().start(seconds)
 
-    def tree(self) -> Iterator[psutil.Process]:
-        """Its command and every process below that."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            leader = psutil.Process(self.process.pid)
-            yield from (leader, *leader.children(recursive=True))
-
     def memory(self) -> float:
         """The memory of all its processes, in MB, what they share counted once (PSS)."""
-        total = 0
-        for process in self.tree():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total / 1e6
-
-    def cpu(self) -> float:
-        """The CPU time that its processes have taken so far, in seconds."""
-        total = 0.0
-        for process in self.tree():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
+        return sum(self.of_processes(lambda process: process.memory_full_info().pss)) / 1e6
 
     def idle(self, seconds: float = 10) -> bool:
         """Wait until it has worked off what it was sent. Returns False if it is still busy after `seconds`."""
@@ -128,12 +109,13 @@ class Contender:
     server: Server | None = None
     version: str = ""
     size: float = 0.0  # MB on disk
-    served: int = 0
-    memory: dict[int, float] = field(default_factory=dict)  # MB, by requests served since its start
+    served: int = 0  # requests since its start
 
 
 def run(*command: object, cwd: Path = PROJECT, **settings: str) -> str:
     """Run an installer. Raises Skipped with the end of what it printed if it fails."""
+    if not shutil.which(str(command[0])):
+        raise Skipped(f"{command[0]} is not installed")
     arguments = list(map(str, command))
     done = subprocess.run(arguments, check=False, cwd=cwd, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
@@ -184,12 +166,25 @@ def direct(up: Upstream, home: Path) -> Contender:
 
 
 @functools.cache
-def own_environment(python: str = "") -> Path:
+def own_environment(python: str = "", project: Path = PROJECT) -> Path:
     """The environment that `make server` installs: apart from the project's own, which has the test tools in it too."""
-    folder = CACHE / f"lls-openai{python}"
+    folder = CACHE / f"{project.name if project != PROJECT else 'lls-openai'}-packages{python}"
     sync = (os.environ.get("UV", "uv"), "sync", "--quiet", "--frozen", "--compile-bytecode")
     other = ("--python", python, "--no-python-downloads") if python else ()
-    run(*sync, *other, UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
+    run(*sync, *other, cwd=project, UV_PROJECT_ENVIRONMENT=str(folder), VIRTUAL_ENV="")
+    return folder
+
+
+@functools.cache
+def previous() -> Path:
+    """The project as it was before its start was a program, and before the front: a folder in `.bench/`."""
+    folder = CACHE / PREVIOUS
+    if not folder.exists():
+        archive, unpacked = CACHE / f"{PREVIOUS}.tar", CACHE / f"{PREVIOUS}.part"
+        run("git", "archive", "--output", archive, PREVIOUS)
+        shutil.unpack_archive(archive, unpacked, filter="data")
+        unpacked.rename(folder)
+        archive.unlink()
     return folder
 
 
@@ -208,46 +203,54 @@ def provider_data_calls(server: Server, header: str = PROVIDER_DATA) -> dict[str
     }
 
 
+def native_calls(server: Server) -> dict[str, Call]:
+    """The same calls on the vendors' own paths, with a vendor's own key."""
+
+    def call(path: str, key: str = GOOD_KEY) -> Call:
+        return Call(f"{server.url}/{path}/chat/completions", {"Authorization": f"Bearer {key}"}, "gpt-4o")
+
+    openai, anthropic, gemini = "openai/v1", "anthropic/v1", "gemini/v1beta/openai"
+    return {"near": call(openai), "wrong": call(openai, WRONG_KEY), "paced": call(anthropic), "far": call(gemini)}
+
+
 def vendor_urls(up: Upstream) -> dict[str, str]:
     """The settings of `run.yaml` that lead its vendors here: one address for each kind of call."""
     return {"OPENAI_PASSTHROUGH_URL": up.near, "ANTHROPIC_PASSTHROUGH_URL": up.paced, "GEMINI_PASSTHROUGH_URL": up.far}
 
 
-def ours(up: Upstream, home: Path, workers: int, **more: str) -> Contender:
-    """This project as `make server EGRESS=0` starts it, its CA in a directory of hashed ones, as on Debian and Fedora."""
-    folder = own_environment()
-    settings = vendor_urls(up) | {"SSL_CERT_DIR": str(up.hashed), "EGRESS": "0"}
-    return started(folder, home, "make server", workers, f"llama-stack {version(folder, 'llama_stack')}", settings | more)
+def ours(
+    up: Upstream, home: Path, title: str, *, front: bool = True, egress: bool = True, project: Path = PROJECT, **more: str
+) -> Contender:
+    """This project, by `make server`, with the doors that are asked for.
 
-
-def egress(up: Upstream, home: Path, workers: int, **more: str) -> Contender:
-    """This project as `make server EGRESS=1` starts it: a proxy of its own finds the vendors by their names."""
-    if not shutil.which("haproxy"):
-        raise Skipped("HAProxy is not installed: sudo apt-get install haproxy")
-    release = subprocess.run(["haproxy", "-v"], check=True, capture_output=True, text=True).stdout.split()[2]
-    folder = own_environment()
+    By the egress door it finds the vendors by their names, as users' gateways do. Without it, it is told where they are, and has
+    the CA in a folder of hashed ones, as on Debian and Fedora.
+    """
+    folder = own_environment(project=project)
+    release = f"llama-stack {version(folder, 'llama_stack')}"
+    if front or egress:
+        if not HAPROXY:
+            raise Skipped("HAProxy is not installed: sudo apt-get install haproxy")
+        release += f", haproxy {subprocess.run([HAPROXY, '-v'], check=True, capture_output=True, text=True).stdout.split()[2]}"
     settings = {
-        "EGRESS": "1",
-        "EGRESS_PORT": str(free_port()),
-        "EGRESS_CA": str(up.ca),
-        "EGRESS_NAMESERVER": f"127.0.0.1:{up.names}",
-        "EGRESS_VENDOR_PORT": str(up.vendor_port),
-    }
-    release = f"llama-stack {version(folder, 'llama_stack')}, haproxy {release}"
-    return started(folder, home, "make server EGRESS=1", workers, release, settings | more)
-
-
-def started(folder: Path, home: Path, command: str, workers: int, release: str, settings: dict[str, str]) -> Contender:
-    """This project, by `make server` with `settings` in the environment."""
-    common = {
         "UV_PROJECT_ENVIRONMENT": str(folder),
-        "LLAMA_STACK_WORKERS": str(workers),
         "SQLITE_STORE_DIR": str(home / "store"),
+        "FRONT": "01"[front],
+        "EGRESS": "01"[egress],
     }
-    server = Server(home, ("make", "--silent", "server"), **common, **settings)
-    name = f"{'egress' if settings['EGRESS'] == '1' else 'ours'}-{workers}"
-    title = f"{command}, {workers} worker{'s' * (workers > 1)}"
-    return Contender(name, title, provider_data_calls(server), server, release, megabytes(folder))
+    if egress:
+        settings |= {"EGRESS_NAMESERVER": f"127.0.0.1:{up.names}", "EGRESS_VENDOR_PORT": str(up.vendor_port)}
+        settings |= {"EGRESS_CA": str(up.ca)}
+    else:
+        settings |= vendor_urls(up) | {"SSL_CERT_DIR": str(up.hashed)}
+    server = Server(home, ("make", "--silent", "server"), cwd=project, **settings | more)
+    return Contender(home.name, title, provider_data_calls(server), server, release, megabytes(folder))
+
+
+def native(up: Upstream, home: Path) -> Contender:
+    """The vendors' own paths, which pass the stock server by."""
+    contender = ours(up, home, "make server, a native path")
+    return replace(contender, calls=native_calls(contender.server))
 
 
 def tokens(up: Upstream, home: Path) -> Contender:
@@ -255,10 +258,11 @@ def tokens(up: Upstream, home: Path) -> Contender:
     identity = Services()
     identity.__enter__()  # A daemon thread, which ends with this process.
     here = {"AUTH_JWKS_URI": f"{identity.url}/jwks", "AUTH_ISSUER": ISSUER}
-    contender = egress(up, home, 1, **here)
+    contender = ours(up, home, "make server, 1 worker, tokens", **here)
     bearer = {"Authorization": f"Bearer {identity.token(exp=int(time.time()) + 24 * 3600)}"}
-    calls = {kind: replace(call, headers=call.headers | bearer) for kind, call in contender.calls.items()}
-    return replace(contender, name="tokens", title=f"{contender.title}, tokens", calls=calls)
+    return replace(
+        contender, calls={kind: replace(call, headers=call.headers | bearer) for kind, call in contender.calls.items()}
+    )
 
 
 def bare(up: Upstream, home: Path) -> Contender:
@@ -276,7 +280,7 @@ def bare(up: Upstream, home: Path) -> Contender:
 
 
 def ogx(up: Upstream, home: Path) -> Contender:
-    """The stock server's successor with this run.yaml, in the environment that deploy/serve.sh would give it."""
+    """The stock server's successor with this run.yaml, in the environment that the start would give it."""
     folder = environment("ogx", "ogx")
     # It needs the file that takes its inserts as the stock server does.
     store = home / "store"
@@ -344,8 +348,6 @@ def litellm(up: Upstream, home: Path, workers: int) -> Contender:
 
 def portkey(up: Upstream, home: Path) -> Contender:
     """Portkey's gateway on Node.js, one process: it has no workers."""
-    if not shutil.which("npm"):
-        raise Skipped("npm is not installed")
     folder = CACHE / "portkey"
     folder.mkdir(parents=True, exist_ok=True)
     # With a later node-server its streams fail: "TypeError: immutable" (github.com/Portkey-AI/gateway/issues/1389).
@@ -375,11 +377,15 @@ def portkey(up: Upstream, home: Path) -> Contender:
 
 MAKERS: dict[str, Callable[[Upstream, Path], Contender]] = {
     "direct": direct,
-    "egress-1": lambda up, home: egress(up, home, 1),
-    "egress-2": lambda up, home: egress(up, home, 2),
+    "both-1": lambda up, home: ours(up, home, "make server, 1 worker"),
+    "both-2": lambda up, home: ours(up, home, "make server, 2 workers", LLAMA_STACK_WORKERS="2"),
     "tokens": tokens,
-    "ours-1": lambda up, home: ours(up, home, 1),
-    "ours-2": lambda up, home: ours(up, home, 2),
+    "native": native,
+    "front": lambda up, home: ours(up, home, "make server EGRESS=0, 1 worker", egress=False),
+    "egress": lambda up, home: ours(up, home, "make server FRONT=0, 1 worker", front=False),
+    "neither": lambda up, home: ours(up, home, "make server FRONT=0 EGRESS=0, 1 worker", front=False, egress=False),
+    "previous": lambda up, home: ours(up, home, "the previous start, 1 worker", front=False, project=previous()),
+    "again": lambda up, home: ours(up, home, "the previous start, once more", front=False, project=previous()),
     "bare": bare,
     "ogx": ogx,
     "litellm-1": lambda up, home: litellm(up, home, 1),

@@ -72,7 +72,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         up = stack.enter_context(Upstream(folder))
         try:
-            for start, name in {"plain": "ours-1", "EGRESS=1": "egress-1"}.items():
+            for start, name in {"both doors": "both-1", "no doors": "neither"}.items():
                 contender = peers.MAKERS[name](up, folder / name)
                 with contender.server as server:
                     for kind, call in kinds.items():

@@ -1,4 +1,4 @@
-"""From results.json to what people read: the claims, the tables, the picture, and the README's part of them."""
+"""From results.json to what people read: the tables, the picture, and the README's part of them."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,8 @@ TESTS = Path(__file__).parent.parent.parent
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 CALLERS = (1, 8, 64)
-STREAMS = (1, 50, 300)
+FAR_CALLERS = (1, 8)
+STREAMS = (50, 300)
 PATIENCE = 20  # seconds that a caller waits for an answer while wrong keys pour in
 
 
@@ -51,14 +52,6 @@ class Results:
         """The median of a metric."""
         return (self.values(name, metric) or [math.nan])[0]
 
-    def least(self, name: str, metric: str) -> float:
-        """The lowest of a metric in any round."""
-        return (self.values(name, metric) or [math.nan] * 3)[1]
-
-    def most(self, name: str, metric: str) -> float:
-        """The highest of a metric in any round."""
-        return (self.values(name, metric) or [math.nan] * 3)[2]
-
     def spread(self, name: str, metric: str) -> str:
         """The median of a metric with its lowest and highest: `231 (225 to 236)`."""
         middle, low, high = (shown(metric, value) for value in self.values(name, metric) or [math.nan] * 3)
@@ -73,153 +66,55 @@ class Results:
         return self.get(name, metric) / (self.get(other, metric) or math.nan)
 
 
-EITHER = ("egress-1", "ours-1")
-
-
-def claims(r: Results) -> list[tuple[str, str, bool | None]]:
-    """What this project claims, what was measured, and whether it holds: None where a part of it was not measured."""
-    found: list[tuple[str, str, bool | None]] = []
-
-    def claim(text: str, bound: float, unit: str, values: list[float], least: bool = False, metric: str = "") -> None:
-        """`values` are all to be at least `bound`, or at most. What is shown is the one that is nearest to missing it."""
-        if any(map(math.isnan, values)):
-            found.append((text, "not measured", None))
-        else:
-            worst = min(values) if least else max(values)
-            found.append((text, shown(metric, worst) + unit, worst >= bound if least else worst <= bound))
-
-    def times(own: str, other: str, *callers: int) -> list[float]:
-        return [r.ratio(f"rps@{count}", own, other) for count in callers]
-
-    claim(
-        "EGRESS=1 serves 2.2x as much as LiteLLM: 1 worker, 8 and 64 callers",
-        2.2,
-        "x",
-        times("egress-1", "litellm-1", 8, 64),
-        True,
-    )
-    claim("EGRESS=1 serves 1.8x as much as LiteLLM: 1 worker, 1 caller", 1.8, "x", times("egress-1", "litellm-1", 1), True)
-    claim(
-        "EGRESS=1 serves 2x as much as LiteLLM: 2 workers, 1, 8 and 64 callers",
-        2,
-        "x",
-        times("egress-2", "litellm-2", *CALLERS),
-        True,
-    )
-    claim(
-        "the plain start serves 1.5x as much as LiteLLM: 1 worker, 1, 8 and 64 callers",
-        1.5,
-        "x",
-        times("ours-1", "litellm-1", *CALLERS),
-        True,
-    )
-    claim(
-        "either start serves 5x as much as the same run.yaml started bare: 8 callers",
-        5,
-        "x",
-        [*times("egress-1", "bare", 8), *times("ours-1", "bare", 8)],
-        True,
-    )
-    workers = [("egress-2", "egress-1"), ("ours-2", "ours-1")]
-    claim(
-        "either start: 2 workers serve 1.6x as much as 1: 64 callers",
-        1.6,
-        "x",
-        [r.ratio("rps@64", *pair) for pair in workers],
-        True,
-    )
-    claim(
-        "either start: with 2 workers a call takes at most 1.15x as long as with 1: 1 caller",
-        1.15,
-        "x",
-        [r.ratio("p50@1", *pair) for pair in workers],
-    )
-    claim("EGRESS=1, 1 worker: at most 4 ms added to a chunk, 50 streams", 4, " ms", [r.added("egress-1", "chunk@50")])
-    claim("EGRESS=1, 2 workers: at most 2.5 ms added to a chunk, 50 streams", 2.5, " ms", [r.added("egress-2", "chunk@50")])
-    claim(
-        "either start: 300 streams at a time all complete, in every round",
-        100,
-        " %",
-        [r.least(name, "complete@300") for name in EITHER],
-        True,
-    )
-    claim(
-        "EGRESS=1, vendor 40 ms away: at most 8 ms over a warm direct call, 1 caller",
-        8,
-        " ms",
-        [r.added("egress-1", "far_p50@1")],
-    )
-    claim(
-        "EGRESS=1, vendor 40 ms away: no new connection in 1,000 calls, 1, 8 and 64 callers",
-        0,
-        "",
-        [r.most("egress-1", f"far_opened@{count}") for count in CALLERS],
-    )
-    flat = [
-        (r.get(name, "memory_after") / r.get(name, "memory_10k") - 1) * 100 if r.get(name, "served") >= 20_000 else math.nan
-        for name in EITHER
-    ]
-    claim("either start: at most 5 % more memory after 20,000 requests than after 10,000", 5, " %", flat)
-    claim("either start: an error costs at most 2 successes", 2, "x", [r.get(name, "error_cost") for name in EITHER])
-    claim(
-        "either start: no good call waits over 1 s while wrong keys pour in",
-        1,
-        " s",
-        [r.most(name, "storm_worst") for name in EITHER],
-        metric="storm_worst",
-    )
-    claim("either start: no good call fails while wrong keys pour in", 0, "", [r.most(name, "storm_failed") for name in EITHER])
-    return found
-
-
 def by_contender(r: Results, columns: dict[str, str]) -> str:
-    """A table with a row for each contender and a column for each metric: medians with their spread."""
+    """A table with a row for each contender and a column for each metric: medians with their spread. Nothing if none has any."""
     names = [name for name in r.contenders if any(r.values(name, metric) for metric in columns.values())]
     rows = [[r.contenders[name]["title"], *(r.spread(name, metric) for metric in columns.values())] for name in names]
-    return table(["", *columns], rows)
+    return table(["", *columns], rows) if rows else ""
 
 
 READ_THIS = """\
 - Everything is on one machine: callers, gateways, and the vendor, which all gateways reach over TLS. Only requests/s that were
   served count; latencies are whole, and left out where calls failed.
 - LiteLLM checks a master key at each call. The other gateways run open, but for the row with tokens, which checks a signed token
-  of an identity provider, and has regular calls alone.
-- CPU time and memory are those of all processes that the start command leaves running. For `make server` these are make, uv,
-  the log filter and, with EGRESS=1, HAProxy and a shell beside the server; peers are started directly.
+  of an identity provider.
+- CPU time and memory are those of all processes that the start command leaves running. For `make server` these are the start, its
+  watchdog and HAProxy beside the server; peers are started directly.
+- The previous start is that of commit 4155940, with its egress proxy.
 - A chunk's time is from the vendor's sending it to the caller's reading it. Without a gateway the caller reads plain HTTP, as
   gateways hand it on, and pays for no TLS.
 - Streams are out of step with each other. The same run.yaml started bare leaves out 64 callers and 300 streams, which take it
   half a minute to get over.
-- Contenders take turns in an order drawn anew for each step, each once what came before has been worked off. One that takes over
-  10 s for that is started anew."""
+- Contenders are measured once what came before has been worked off. One that takes over 10 s for that is started anew."""
+
+
+def heading(title: str, about: dict) -> str:
+    """The first lines of a file of figures: what was measured, where, and how to read it."""
+    seed = f", SEED={about['seed']}" if "seed" in about else ""
+    return (
+        f"# {title}, {about['date']}\n\n{about['machine']['cores']} cores, {about['machine']['system']} {about['machine']['arch']}, "
+        f"Python {about['python']}. {plural(about['rounds'], 'round')}, {about['seconds']} s a step{seed}, {about['minutes']:.0f} minutes."
+    )
 
 
 def results_md(r: Results) -> str:
     """The whole result, for the terminal and for results.md."""
-    raw = r.raw
     callers = {plural(count, "caller"): count for count in CALLERS}
+    far_callers = {plural(count, "caller"): count for count in FAR_CALLERS}
     streams = {plural(count, "stream"): count for count in STREAMS}
-    held = [[text, measured, {True: "yes", False: "NO", None: "-"}[holds]] for text, measured, holds in claims(r)]
     sections = {
-        "Claims": table(["", "measured", "met"], held),
         "Regular calls: requests/s": by_contender(r, {text: f"rps@{count}" for text, count in callers.items()}),
         "Regular calls: ms of CPU time a call": by_contender(r, {text: f"cpu@{count}" for text, count in callers.items()}),
         "Regular calls: latency in ms": by_contender(
             r, {f"{text}, {key}": f"{key}@{count}" for text, count in callers.items() for key in ("p50", "p99")}
         ),
-        "Streams, a chunk every 50 ms: ms to the first chunk": by_contender(
-            r, {text: f"ttft@{count}" for text, count in streams.items()}
+        "Regular calls that failed, of a step": by_contender(r, {text: f"failed@{count}" for text, count in callers.items()}),
+        "Streams, a chunk every 50 ms: ms to the first chunk, and % that complete": by_contender(
+            r,
+            {f"{text}, {key}": f"{metric}@{count}" for text, count in streams.items() for key, metric in FIRST.items()},
         ),
         "Streams, a chunk every 50 ms: ms that a chunk travels": by_contender(
-            r,
-            {
-                f"{text}, {title}": f"{key}@{count}"
-                for text, count in streams.items()
-                for title, key in (("p50", "chunk"), ("p99", "chunk99"))
-            },
-        ),
-        "Streams: % that complete, and most chunks/s (50 streams)": by_contender(
-            r, {**{text: f"complete@{count}" for text, count in streams.items()}, "chunks/s": "chunks_per_second"}
+            r, {f"{text}, {key}": f"{metric}@{count}" for text, count in streams.items() for key, metric in CHUNK.items()}
         ),
         "Wrong keys from 8 callers": by_contender(
             r,
@@ -232,21 +127,15 @@ def results_md(r: Results) -> str:
             },
         ),
         "A vendor 40 ms away: latency in ms": by_contender(
-            r, {f"{text}, {key}": f"far_{key}@{count}" for text, count in callers.items() for key in ("p50", "p99")}
+            r, {f"{text}, {key}": f"far_{key}@{count}" for text, count in far_callers.items() for key in ("p50", "p99")}
         ),
         "A vendor 40 ms away: ms to the first chunk, and new connections per 1,000 calls": by_contender(
-            r,
-            {
-                f"{text}, {title}": f"far_{key}@{count}"
-                for text, count in callers.items()
-                for title, key in (("first", "ttft"), ("new", "opened"))
-            },
+            r, {f"{text}, {key}": f"far_{metric}@{count}" for text, count in far_callers.items() for key, metric in FAR.items()}
         ),
         "Memory in MB (PSS of all processes), boot in s, installed size in MB": by_contender(
             r,
             {
                 "at rest": "memory_rest",
-                "after 10,000": "memory_10k",
                 "in the end": "memory_after",
                 "requests by then": "served",
                 "boot": "boot",
@@ -260,16 +149,13 @@ def results_md(r: Results) -> str:
             + [f"- {name} was skipped: {reason}" for name, reason in r.skipped.items()]
         ),
     }
-    failures = by_contender(r, {text: f"failed@{count}" for text, count in callers.items()})
-    if failures.count("\n") > 1:
-        sections["Regular calls that failed, of a step"] = failures
-    about = (
-        f"{raw['machine']['cores']} cores, {raw['machine']['system']} {raw['machine']['arch']}, Python {raw['python']}. "
-        f"{plural(raw['rounds'], 'round')}, {raw['seconds']} s a step, SEED={raw['seed']}, {raw['minutes']:.0f} minutes. Medians of "
-        f"the rounds, with the lowest and the highest.\n\n{READ_THIS}"
-    )
-    return f"# make bench, {raw['date']}\n\n{about}\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+    about = f"{heading('make bench', r.raw)} Medians of the rounds, with the lowest and the highest.\n\n{READ_THIS}\n"
+    return about + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items() if text)
 
+
+FIRST = {"first": "ttft", "complete": "complete"}
+CHUNK = {"p50": "chunk", "p99": "chunk99"}
+FAR = {"first": "ttft", "new": "opened"}
 
 # What the picture shows, and of whom.
 CHARTS = {
@@ -278,13 +164,17 @@ CHARTS = {
     "ms that a chunk travels, 50 streams": "chunk@50",
     "s that the worst good call waits while wrong keys pour in": "storm_worst",
 }
-BARS = ("egress-1", "egress-2", "tokens", "ours-1", "ours-2", "bare", "ogx", "litellm-1", "litellm-2", "portkey")
+
+
+def compared(r: Results) -> list[str]:
+    """Every gateway, in the order in which they were started."""
+    return [name for name in r.contenders if name != "direct"]
 
 
 def svg(r: Results) -> str:
     """Four small bar charts, in one grey and one blue that are legible on GitHub's white and on its dark background."""
-    names = [name for name in BARS if name in r.contenders and name != "tokens"]
-    row, label, width = 22, 210, 420
+    names = compared(r)
+    row, label, width = 22, 250, 460
     height = 48 + row * len(names)
     marks = []
     for index, (title, metric) in enumerate(CHARTS.items()):
@@ -294,7 +184,7 @@ def svg(r: Results) -> str:
         for line, name in enumerate(names):
             value, y = r.get(name, metric), top + 34 + line * row
             bar = 0 if math.isnan(value) else max(1.0, value / (max(known) or 1) * (width - label - 55))
-            colour = "#2f81f7" if name.startswith(("ours", "egress")) else "#8b949e"
+            colour = "#2f81f7" if r.contenders[name]["title"].startswith("make server") else "#8b949e"
             title = escape(r.contenders[name]["title"])
             marks.append(
                 f'<text x="{left + label - 8}" y="{y + 11}" text-anchor="end">{title}</text>'
@@ -312,7 +202,7 @@ def svg(r: Results) -> str:
 
 
 def readme(results: dict) -> str:
-    """The README's part: a row for each gateway, ratios first, and which claims were not met."""
+    """The README's part: a row for each gateway, ratios first."""
     r = Results(results)
     rows = [
         [
@@ -327,15 +217,10 @@ def readme(results: dict) -> str:
             number(r.get(name, "size")),
             r.contenders[name]["version"],
         ]
-        for name in BARS
-        if name in r.contenders
+        for name in compared(r)
     ]
     head = ["", "of LiteLLM", "requests/s", "ms CPU", "ms added", "ms a chunk", "s in a storm", "MB memory", "MB disk", "version"]
-    outcome = claims(r)
-    missed = "; ".join(f"{text}: {measured}" for text, measured, holds in outcome if holds is False)
-    unknown = "; ".join(text for text, _, holds in outcome if holds is None)
-    verdict = [f"Not met: {missed}."] * bool(missed) + [f"Not measured: {unknown}."] * bool(unknown)
-    return f"{table(head, rows)}\n\n" + (" ".join(verdict) or "Every claim of the benchmark was met.")
+    return table(head, rows)
 
 
 def files(results: dict) -> dict[str, str]:

@@ -25,6 +25,10 @@ OF_THE_SERVER = {
 }
 
 
+# The stock server alone, as it is without HAProxy.
+NO_DOORS = {"FRONT": "0", "EGRESS": "0"}
+
+
 class Skipped(Exception):
     """A trap that cannot be measured on this machine. The message is a sentence that says why."""
 
@@ -51,7 +55,7 @@ class Bench:
 
     def __init__(self, vendors: Vendors, folder: Path) -> None:
         self.vendors, self.folder = vendors, folder
-        self.shipped = Gateway(folder / "shipped", START, **vendors.environ(), **OF_THE_SERVER)
+        self.shipped = Gateway(folder / "shipped", START, **vendors.environ(), **OF_THE_SERVER, **NO_DOORS)
 
     def project(self, *edits: Edit) -> Path:
         """A copy of the files that a server needs, with `edits` made. Raises ValueError if there is nothing to undo."""
@@ -66,7 +70,7 @@ class Bench:
     def gateway(self, *edits: Edit, command: tuple[str, ...] = START, **settings: str) -> Gateway:
         """A gateway, not yet started, of the project with `edits` made and `settings` in its environment."""
         copy = self.project(*edits)
-        return Gateway(copy.parent / "home", command, copy, **self.vendors.environ() | OF_THE_SERVER | settings)
+        return Gateway(copy.parent / "home", command, copy, **self.vendors.environ() | OF_THE_SERVER | NO_DOORS | settings)
 
     def compare(self, does: str, trap: str, measure: Callable[[Gateway], str], *edits: Edit, **settings: str) -> Row:
         """The row of a trap that `measure` shows on a running gateway: with `edits` made, and as it ships."""

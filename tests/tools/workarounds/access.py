@@ -1,11 +1,14 @@
 """Who may call, and whose name a call carries."""
 
 import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from support.calls import MODELS, SECRET
-from support.gateway import PROJECT, Gateway, listening
+from support.calls import CHAT, MODELS, SECRET
+from support.gateway import HAPROXY, PROJECT, Gateway, listening
 
-from . import Bench, Edit, Row, ask, patient
+from . import Bench, Edit, Row, Skipped, ask, patient
 
 
 def other_routes(bench: Bench) -> Row:
@@ -59,5 +62,49 @@ def server_organization(bench: Bench) -> Row:
         "no `OPENAI_ORG_ID` and `OPENAI_PROJECT_ID` from the server's environment",
         "they go out with every caller's call, to every vendor",
         measure,
-        Edit("deploy/serve.sh", " OPENAI_ORG_ID OPENAI_PROJECT_ID", ""),
+        Edit("deploy/start/environment.py", ' or name.startswith("OPENAI_")', ""),
     )
+
+
+def keyless_calls(bench: Bench) -> Row:
+    """A call without a key whose messages are all wrong, and a good one a tenth of a second later."""
+    messages = 100_000
+
+    def measure(gateway: Gateway) -> str:
+        with patient(gateway) as client, ThreadPoolExecutor(1) as other:
+            wrong = other.submit(client.post, CHAT, json={"model": MODELS[0], "messages": [1] * messages})
+            time.sleep(0.1)
+            start = time.monotonic()
+            ask(client).raise_for_status()
+            took = time.monotonic() - start
+            return f"{wrong.result().status_code}, and a good call beside it takes {took:.2f} s"
+
+    return at_the_front(
+        bench,
+        "the front: no call without a key",
+        f"the server lists each error of a call before it asks for a key ({messages:,} wrong messages, 300 KB)",
+        measure,
+    )
+
+
+def rebound_names(bench: Bench) -> Row:
+    """A call that says, as a browser does, which name led to this address."""
+
+    def measure(gateway: Gateway) -> str:
+        with patient(gateway) as client:
+            return f"it is answered {client.get('/v1/models', headers={'Host': 'rebound.example'}).status_code}"
+
+    return at_the_front(
+        bench,
+        "the front: known names in `Host`",
+        "a page that leads its own name to this address calls as if it were from here (DNS rebinding)",
+        measure,
+    )
+
+
+def at_the_front(bench: Bench, does: str, trap: str, measure: Callable[[Gateway], str]) -> Row:
+    """The row of what the front does: without it, and with it."""
+    if not HAPROXY:
+        raise Skipped("HAProxy is not installed.")
+    with bench.gateway(FRONT="1") as gateway:
+        return Row(does, trap, measure(bench.shipped), measure(gateway))

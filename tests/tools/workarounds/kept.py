@@ -89,7 +89,7 @@ def memory_store(bench: Bench) -> Row:
 
 
 def by_hand(bench: Bench) -> Row:
-    """A server that is started without deploy/serve.sh, in a folder that exists."""
+    """A server that is started without deploy/start, in a folder that exists."""
 
     def measure(gateway: Gateway) -> str:
         store = gateway.home / "store"
@@ -121,7 +121,11 @@ def logged(gateway: Gateway) -> str:
     return f"{sum(SECRET in line for line in lines)} of {len(lines)} log lines quote it ({len(MALFORMED)} calls)"
 
 
-UNFILTERED = Edit("deploy/serve.sh", 'sed "$by_line" -E -f deploy/log.sed -f "$form"', "cat")
+UNFILTERED = Edit(
+    "deploy/start/log.py",
+    "        if not line.startswith",
+    '        self.output.put(line.encode() + b"\\n")\n        if not line.startswith',
+)
 
 
 def log_level(bench: Bench) -> Row:

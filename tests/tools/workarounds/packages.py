@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from support.gateway import PROJECT
+from support.gateway import PROJECT, START, Gateway
 
 from . import Bench, Row, Skipped, ask, patient
 
@@ -39,10 +41,14 @@ def version(environment: Path, package: str) -> str:
     return folder.name.removesuffix(".dist-info").partition("-")[2]
 
 
+def of(bench: Bench, environment: Path) -> Gateway:
+    """A gateway, not yet started, with the packages in `environment`."""
+    return bench.gateway(command=(str(environment / "bin/python"), *START[1:]))
+
+
 def first_call(bench: Bench, environment: Path) -> str:
     """What comes of starting the gateway with the packages in `environment`, and of a call."""
-    path = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
-    gateway = bench.gateway(PATH=path)
+    gateway = of(bench, environment)
     try:
         with gateway, patient(gateway) as client:
             return f"a call answers {ask(client).status_code}"
@@ -83,4 +89,30 @@ def unused_packages(bench: Bench) -> Row:
         "packages are installed that nothing here uses",
         size(install(bench, "python_version < '0'")),
         size(install(bench, "")),
+    )
+
+
+def endless_headers(bench: Bench) -> Row:
+    """One connection that sends header lines until it is cut off, 100 MB at most."""
+    most, line = 100_000_000, b"X-Header: " + b"x" * 10_000 + b"\r\n"
+
+    def measure(gateway: Gateway) -> str:
+        with gateway, socket.create_connection(("127.0.0.1", gateway.port), 60) as connection:
+            before, sent = gateway.resident(), 0
+            connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n")
+            try:
+                while sent < most:
+                    connection.sendall(line)
+                    sent += len(line)
+            except OSError:
+                pass
+            time.sleep(1)
+            grown = max(0, gateway.resident() - before) / 1e6
+        return f"{'goes on after' if sent >= most else 'cut off within'} {sent / 1e6:.0f} MB, {grown:.0f} MB more memory"
+
+    return Row(
+        "h11 instead of httptools",
+        "headers without end fill the memory, on one connection and without a key",
+        measure(of(bench, install(bench, "httptools;"))),
+        measure(bench.gateway()),
     )

@@ -11,7 +11,9 @@ from pathlib import Path
 import certifi
 import httpx
 from support.calls import ALL_KEYS, WRONG_KEY
-from support.gateway import Gateway, one_cpu
+from support.gateway import HAPROXY, Gateway, one_cpu
+from support.network import NameServer
+from support.vendors import Scripted
 
 from . import Bench, Edit, Row, Skipped, ask, ask_many, patient
 
@@ -36,7 +38,7 @@ def console_logs(bench: Bench) -> Row:
         "`LLAMA_STACK_LOG_FORMAT=json`",
         "every error is rendered as a rich traceback, and nobody is served meanwhile",
         measure,
-        Edit("deploy/serve.sh", "LLAMA_STACK_LOG_FORMAT=json", "LLAMA_STACK_LOG_FORMAT=console"),
+        Edit("deploy/start/environment.py", '["LLAMA_STACK_LOG_FORMAT"] = "json"', '["LLAMA_STACK_LOG_FORMAT"] = "console"'),
     )
 
 
@@ -55,7 +57,7 @@ def hashed_cas(bench: Bench) -> Row:
     subprocess.run(["openssl", "rehash", hashed], check=True, capture_output=True)
 
     def measure(gateway: Gateway) -> str:
-        # As on a user's machine: serve.sh chooses, so the variable that leads to the stand-ins' CA has to go.
+        # As on a user's machine: the start chooses, so the variable that leads to the stand-ins' CA has to go.
         with gateway:
             ask_many(gateway, 20, prompt="Hello")
             before, start = gateway.cpu(), time.monotonic()
@@ -68,7 +70,12 @@ def hashed_cas(bench: Bench) -> Row:
         "`SSL_CERT_DIR`, a directory of hashed CAs",
         f"the server loads a bundle of {len(certificates)} CAs for every call",
         measure(bench.gateway(SSL_CERT_FILE=str(bundle))),
-        measure(bench.gateway(Edit("deploy/serve.sh", "/etc/ssl/certs", str(hashed)), SSL_CERT_FILE="")),
+        measure(
+            bench.gateway(
+                Edit("deploy/start/environment.py", 'HASHED_CAS = ("/etc/ssl/certs"', f'HASHED_CAS = ("{hashed}"'),
+                SSL_CERT_FILE="",
+            )
+        ),
     )
 
 
@@ -83,6 +90,45 @@ def imported_command(bench: Bench) -> Row:
     return Row(
         "the command of `llama stack run`, called from no file",
         "each worker imports that file before it answers uvicorn, which replaces one that is silent for 5 s (on one CPU)",
-        measure(Edit("deploy/serve.sh", "python -P -c 'from llama_stack.cli.llama import main; main()' stack", "llama stack")),
+        measure(
+            Edit(
+                "deploy/start/__main__.py",
+                "SERVER = [",
+                'SERVER = [os.path.join(os.path.dirname(sys.executable), "llama"), "stack", "run", "run.yaml"]\nNOT_USED = [',
+            )
+        ),
         measure(),
     )
+
+
+def one_attempt(bench: Bench) -> Row:
+    """A vendor's 429 that says when to come back, through the egress door."""
+    model = "openai/busy"
+    if not HAPROXY:
+        raise Skipped("HAProxy is not installed.")
+    bench.vendors.scripted["busy"] = Scripted(429, {"retry-after-ms": "3000", "content-type": "application/json"}, [b"{}"])
+
+    def measure(gateway: Gateway) -> str:
+        with gateway, patient(gateway) as client:
+            bench.vendors.seen.clear()
+            start = time.monotonic()
+            status = ask(client, model).status_code
+            took = time.monotonic() - start
+        attempts = sum(call.path.endswith("/chat/completions") for call in bench.vendors.seen)
+        return f"{status} after {took:.2f} s and {attempts} attempt{'s' * (attempts != 1)}"
+
+    with NameServer() as names:
+        door = {
+            "EGRESS": "1",
+            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
+            "EGRESS_VENDOR_PORT": str(bench.vendors.tls_port),
+            "HTTPS_PROXY": "",
+        }
+        header = Edit("deploy/haproxy/egress.cfg", "http-response set-header x-should-retry false if { status ge 400 }", "")
+        without = measure(bench.gateway(header, **door))
+        return Row(
+            "`x-should-retry: false` on errors, in the egress door",
+            "the server's SDK tries a 429 three times, and sleeps in between as long as the vendor says (3 s)",
+            without,
+            measure(bench.gateway(**door)),
+        )

@@ -1,0 +1,68 @@
+"""The front with stand-ins on all its sides: a caller before it, a gateway and the vendors' own APIs behind it."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from .gateway import HAPROXY, eventually
+from .haproxy import BOTH, HAProxy, Recorder
+from .native_vendors import NativeVendors
+from .network import NameServer
+
+NEEDS_HAPROXY = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
+
+# A path that a key list, provider data or a bare key is tried on, for each vendor.
+NATIVE = {
+    "openai": "/openai/v1/responses",
+    "anthropic": "/anthropic/v1/messages",
+    "gemini": "/gemini/v1beta/models/gemini-2.5-flash-lite:generateContent",
+}
+
+
+class Front(NamedTuple):
+    """The front and all that is around it."""
+
+    haproxy: HAProxy
+    gateway: Recorder
+    vendors: NativeVendors
+    client: httpx.Client
+
+    def call(self, path: str = "/v1/chat/completions", headers: Any = None, method: str = "POST", **more: Any) -> httpx.Response:
+        """One call, with a body if it is a POST. `headers` may be a list, for a header that comes twice."""
+        body = {"json": {}} if method == "POST" and "content" not in more else {}
+        return self.client.request(method, path, headers=headers, **body | more)
+
+    def seen(self) -> int:
+        """How many calls have arrived behind the front."""
+        return len(self.gateway.heads) + len(self.vendors.arrived)
+
+    def raw(self, head: str, body: bytes = b"") -> tuple[int, bytes]:
+        """The status and the rest of the answer to a request of these lines."""
+        lines = head.strip().splitlines()
+        request = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body
+        answer = self.haproxy.raw(request)
+        return int(answer.split(b" ", 2)[1]) if answer else 0, answer
+
+
+@contextlib.contextmanager
+def front(folder: Path, files: tuple[str, ...] = BOTH, gateway: Recorder | None = None, **settings: str) -> Iterator[Front]:
+    """A front that is up, in front of a recorder and the stand-ins of the vendors' own APIs."""
+    with gateway or Recorder() as recorder, NativeVendors() as vendors, NameServer() as names:
+        settings = vendors.settings(names.port) | {"GATEWAY_A": recorder.address} | settings
+        with (
+            HAProxy(folder, files, **settings) as haproxy,
+            httpx.Client(base_url=haproxy.url, trust_env=False, timeout=60) as client,
+        ):
+            if settings.get("EGRESS") != "0":
+                resolved = [f"vendor-{name},address1," for name in NATIVE]
+                assert eventually(lambda: all(up(haproxy, name) for name in resolved)), haproxy.admin("show stat")
+            yield Front(haproxy, recorder, vendors, client)
+
+
+def up(haproxy: HAProxy, server: str) -> bool:
+    """Whether HAProxy can use this server."""
+    return any(line.startswith(server) and ",MAINT" not in line for line in haproxy.admin("show stat").splitlines())

@@ -1,0 +1,203 @@
+"""The egress door alone, as a sidecar runs it: what the server would get without it, over connections that stay open."""
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from support.calls import caller, chat, message
+from support.fronts import NEEDS_HAPROXY, up
+from support.gateway import eventually
+from support.haproxy import SIDECAR, HAProxy
+from support.network import NameServer, Wire
+from support.vendors import KEYS, VENDORS, Vendors
+
+pytestmark = NEEDS_HAPROXY
+
+FIELDS = {"time", "door", "to", "status", "ms_total", "end", "why"}
+BROKE_OFF = "the answer broke off: S by the vendor, s by its silence, C by the caller"
+
+
+def settings(names: NameServer, port: int) -> dict[str, str]:
+    """What leads the door to stand-ins at `port` instead of the vendors."""
+    return {"EGRESS_NAMESERVER": f"127.0.0.1:{names.port}", "EGRESS_VENDOR_PORT": str(port)}
+
+
+@pytest.fixture(scope="module")
+def names() -> Iterator[NameServer]:
+    """The name server that the door asks."""
+    with NameServer() as names:
+        yield names
+
+
+@pytest.fixture(scope="module")
+def wire(vendors: Vendors) -> Iterator[Wire]:
+    """The wire between the door and the stand-in vendors."""
+    with Wire(vendors.tls_port) as wire:
+        yield wire
+
+
+@pytest.fixture(scope="module")
+def door(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HAProxy]:
+    """The egress door."""
+    environ = settings(names, wire.port) | {"EGRESS_CA": str(vendors.ca_file)}
+    with HAProxy(tmp_path_factory.mktemp("door"), SIDECAR, **environ) as door:
+        assert eventually(lambda: all(up(door, f"vendor-{name},address1,") for name in KEYS))
+        yield door
+
+
+@pytest.fixture(scope="module")
+def server(door: HAProxy) -> Iterator[httpx.Client]:
+    """A caller in the server's place."""
+    with caller(door.egress, headers={"Authorization": f"Bearer {KEYS['openai']}"}) as server:
+        yield server
+
+
+def ask(server: httpx.Client, model: str = "gpt-4o", prompt: str = "Hello", **more: object) -> httpx.Response:
+    """A chat call to OpenAI."""
+    return server.post("/openai/v1/chat/completions", json=chat(model, prompt, **more))
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+def test_the_first_segment_names_the_vendor(server: httpx.Client, vendors: Vendors, vendor: str) -> None:
+    path = f"/v1{'beta/openai' if vendor == 'gemini' else ''}/chat/completions"
+    key = {"Authorization": f"Bearer {KEYS[vendor]}"}
+    assert server.post(f"/{vendor}{path}", headers=key, json=chat("m", f"to {vendor}")).is_success
+    (arrived,) = vendors.seen_with(f"to {vendor}")
+    assert (arrived.vendor, arrived.path, arrived.key) == (vendor, path, f"Bearer {KEYS[vendor]}")
+    assert VENDORS[arrived.headers["host"]].name == vendor
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/openai", "/openai?a=/b", "//openai/v1", "/gateways/v1", "/vendor-openai/v1", "/egress/v1"]
+)
+def test_a_path_that_is_no_vendors_is_refused(server: httpx.Client, path: str) -> None:
+    assert httpx.Client(trust_env=False).get(f"{server.base_url}".rstrip("/") + path).status_code == 404
+
+
+def test_a_vendors_error_is_told_after_one_attempt(server: httpx.Client) -> None:
+    """The server's SDK heeds x-should-retry, and would else sleep as long as the vendor says between three attempts."""
+    response = ask(server, "status-429")
+    assert response.status_code == 429
+    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["retry-after-ms"] == "20"
+    assert response.headers["content-type"] == "application/json"
+    assert "x-should-retry" not in ask(server).headers
+
+
+@pytest.mark.parametrize("vendor", KEYS)
+@pytest.mark.parametrize("key", [{}, {"Authorization": ""}], ids=["no key", "an empty one"])
+def test_it_answers_the_keyless_question_for_models_itself(
+    door: HAProxy, vendors: Vendors, vendor: str, key: dict[str, str]
+) -> None:
+    seen = len(vendors.seen)
+    with caller(f"{door.egress}/{vendor}") as keyless:
+        response = keyless.get("/v1/models", headers=key)
+    assert response.status_code == 401
+    assert message(response) == "No key was sent with this request."
+    assert len(vendors.seen) == seen
+
+
+def test_a_listing_with_a_key_reaches_the_vendor(server: httpx.Client) -> None:
+    assert server.get("/openai/v1/models").json()["data"][0]["id"] == "openai-other"
+
+
+def test_a_caller_that_hangs_up_ends_the_vendors_work(server: httpx.Client, vendors: Vendors) -> None:
+    with server.stream("POST", "/openai/v1/chat/completions", json=chat("stall", stream=True)) as response:
+        lines = response.iter_lines()  # Kept, because dropping it hangs up.
+        next(lines)
+        during = vendors.streaming
+        assert during
+    assert eventually(lambda: vendors.streaming < during)
+
+
+def test_a_caller_that_hangs_up_before_the_vendor_answers_ends_its_work_too(
+    door: HAProxy, server: httpx.Client, vendors: Vendors, wire: Wire
+) -> None:
+    opened = wire.opened
+    body = json.dumps(chat("stall", "hang up before the answer")).encode()
+    head = f"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['openai']}\r\n"
+    with socket.create_connection(("127.0.0.1", door.egress_port)) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: vendors.seen_with("hang up before the answer"))
+        alive = wire.alive
+    assert eventually(lambda: wire.alive < alive)
+    assert wire.opened <= opened + 1
+    assert eventually(lambda: door.lines(why="the caller hung up before the vendor answered"))
+
+
+def test_a_call_that_the_vendor_may_have_seen_is_not_sent_again(server: httpx.Client, vendors: Vendors, wire: Wire) -> None:
+    """HAProxy 2.6 answers 502, HAProxy 3 closes the connection without an answer. Either is an error to the server's SDK."""
+    assert ask(server).is_success
+    wire.fault = "no answer"
+    with contextlib.suppress(httpx.RemoteProtocolError):
+        response = ask(server, prompt="seen but not answered")
+        assert response.status_code == 502
+        assert "closed the connection before it answered" in message(response)
+        assert "x-should-retry" not in response.headers
+    # HAProxy answers once it has given up, so that nothing is sent from here on.
+    assert len(vendors.seen_with("seen but not answered")) == 1
+
+
+def test_it_survives_a_restart_of_the_vendor(server: httpx.Client, door: HAProxy, wire: Wire) -> None:
+    assert ask(server).is_success
+    wire.down()
+    assert eventually(lambda: ask(server).status_code == 503)
+    assert "No connection to the vendor" in message(ask(server))
+    assert eventually(lambda: door.lines(to="vendor-openai", status=503, end="SC", why="the vendor refused the connection"))
+    wire.up()
+    assert ask(server).is_success
+
+
+def test_a_failed_call_is_logged_with_the_reason_and_nothing_of_it(server: httpx.Client, door: HAProxy, wire: Wire) -> None:
+    for stream in (False, True):
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            ask(server, "hang-up", "private words", stream=stream)
+    for status in (429, 500):
+        ask(server, f"status-{status}", "private words")
+    wire.fault = "no answer"
+    with contextlib.suppress(httpx.RemoteProtocolError):
+        server.post("/openai/v1/chat/completions?key=private-words", json=chat("gpt-4o", "private words"))
+    assert eventually(lambda: door.lines(end="SH", why="the vendor closed the connection before it answered"))
+    assert door.lines(to="vendor-openai", status=200, end="SD", why=BROKE_OFF)
+    for status in (429, 500):
+        assert door.lines(to="vendor-openai", status=status, end="--", why="the vendor answered so")
+    assert all(set(line) == FIELDS and line["door"] == "egress" for line in door.lines())
+    assert not door.lines(status=401)
+    for secret in ["private", "sk-fake", "Bearer", "/v1"]:
+        assert secret not in door.log
+
+
+def test_a_vendor_that_no_name_server_knows_is_a_reason_too(tmp_path: Path) -> None:
+    with NameServer(None) as nobody, HAProxy(tmp_path, SIDECAR, **settings(nobody, 9)) as door, caller(door.egress) as server:
+        assert ask(server).status_code == 503
+        assert eventually(lambda: door.lines(end="SC", why="no name server knows an address of the vendor"))
+
+
+@pytest.mark.parametrize("wrong", ["name", "authority", "not one of the system's"])
+def test_a_wrong_certificate_is_refused(wrong: str, vendors: Vendors, names: NameServer, tmp_path: Path) -> None:
+    """The caller gets an error, the log the reason, and the stand-in nothing."""
+    with Vendors(["vendor.example"] if wrong == "name" else VENDORS) as others:
+        trusted = {"name": {"EGRESS_CA": str(others.ca_file)}, "authority": {"EGRESS_CA": str(vendors.ca_file)}}
+        environ = settings(names, others.tls_port) | trusted.get(wrong, {})
+        why = "no safe connection, certificate verify failed"
+        with HAProxy(tmp_path, SIDECAR, **environ) as door, caller(door.egress) as server:
+            assert eventually(
+                lambda: ask(server).status_code == 503 and door.lines(to="vendor-openai", status=503, end="SC", why=why)
+            )
+        assert not others.seen
+
+
+def test_it_listens_on_loopback_only(tmp_path: Path) -> None:
+    """Whatever the front is told."""
+    from support.gateway import listening
+
+    with NameServer() as nobody:
+        haproxy = HAProxy(tmp_path, **settings(nobody, 9))
+        haproxy.settings["FRONT_BIND"] = f":{haproxy.port}"
+        with haproxy:
+            assert listening(haproxy.egress_port) == ["127.0.0.1"]
+            assert listening(haproxy.port) == ["0.0.0.0"]

@@ -1,0 +1,615 @@
+"""What the front closes: names, methods, bodies and connections; what pages may read; what the log tells; how it starts and ends."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import trustme
+from support.calls import ALL_KEYS, message
+from support.fronts import NATIVE, NEEDS_HAPROXY, Front, front
+from support.gateway import PROJECT, PROVIDER_DATA, eventually
+from support.haproxy import BALANCER, BOTH, CONFIGURATION, SIDECAR, HAProxy, Recorder
+from support.network import NameServer
+
+pytestmark = NEEDS_HAPROXY
+
+CHAT = "/v1/chat/completions"
+LIST = {"Authorization": "Bearer openai=sk-fake"}
+ORIGIN = "https://page.example"
+MACHINE = socket.gethostname().lower()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """A front with a name of its own, and one origin that may call."""
+    settings = {"LLAMA_STACK_HOSTS": "gateway.example Other.example", "LLAMA_STACK_CORS_ORIGIN": ORIGIN}
+    with front(tmp_path_factory.mktemp("plain"), **settings) as plain:
+        yield plain
+
+
+# Names.
+
+OWN = ["localhost", "LOCALHOST", "localhost:8321", "127.0.0.1", "127.0.0.1:1", "10.1.2.3", "[::1]:8320", "[fe80::1]", "gateway.example",
+       "other.example:8320", "host.docker.internal", "host.containers.internal:8321", MACHINE, f"{MACHINE.split('.')[0]}.local:8321"]  # fmt: skip
+FOREIGN = ["rebound.example", "localhost.rebound.example", "127.0.0.1.rebound.example", "", "localhost,x.evil.example", "x.evil.example,localhost",
+           "localhost@evil.example", "evil.example:localhost", "gateway.example.", "localhost evil.example", "x.gateway.example", "api.openai.com",
+           f"{MACHINE}.evil.example", "::1", "[::1", "1.evil", "0x7f000001", '"localhost"']  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_name_of_its_own_is_known(plain: Front, name: str) -> None:
+    for path in ("/v1/models", "/openai/v1/models", "/"):
+        assert plain.raw(f"GET {path} HTTP/1.1\nHost: {name}")[0] == 200
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_any_other_name_is_refused(plain: Front, name: str) -> None:
+    """A page that has led its own name to this address could otherwise call."""
+    before = plain.seen()
+    for path in ("/v1/models", "/openai/v1/models", "/", "/v1/health"):
+        status, answer = plain.raw(f"GET {path} HTTP/1.1\nHost: {name}")
+        assert status in (400, 421)
+        assert status == 400 or b"LLAMA_STACK_HOSTS" in answer
+    assert plain.seen() == before
+
+
+@pytest.mark.parametrize("hosts", ["Host: localhost\nHost: evil.example", "Host: evil.example\nHost: localhost", "X: y"])
+def test_one_host_is_named(plain: Front, hosts: str) -> None:
+    before = plain.seen()
+    assert plain.raw(f"GET /v1/models HTTP/1.1\n{hosts}")[0] in (400, 421)
+    assert plain.raw(f"GET /v1/models HTTP/1.0\n{hosts}")[0] in (400, 421)
+    assert plain.seen() == before
+
+
+@pytest.mark.parametrize("hosts", [None, ""])
+def test_without_names_it_goes_by_its_address(tmp_path: Path, hosts: str | None) -> None:
+    with front(tmp_path, BALANCER, **{} if hosts is None else {"LLAMA_STACK_HOSTS": hosts}) as plain:
+        assert plain.call("/v1/models", {"Host": "gateway.example"}, "GET").status_code == 421
+        assert plain.call("/v1/models", {"Host": ""}, "GET").status_code == 421
+        assert plain.call("/v1/models", method="GET").status_code == 200
+
+
+# Certificates.
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in one file", "key in a file of its own"])
+def test_https_ends_here(tmp_path: Path, apart: bool) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1", "gateway.example")
+    file = tmp_path / "crt.pem"
+    if apart:
+        certificate.cert_chain_pems[0].write_to_path(file)
+        certificate.private_key_pem.write_to_path(f"{file}.key")
+    else:
+        certificate.private_key_and_cert_chain_pem.write_to_path(file)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    with front(tmp_path / "front", FRONT_CRT=str(file)) as secure, httpx.Client(verify=trust, trust_env=False) as client:
+        url = secure.haproxy.url
+        assert client.get(f"{url}/v1/models", headers={"Host": "any.example"}).status_code == 200
+        assert f"{url}/openai/v1" in message(client.post(f"{url}{CHAT}", json={}))
+        trust.set_alpn_protocols(["h2", "http/1.1"])
+        with trust.wrap_socket(secure.haproxy.connect(), server_hostname="gateway.example") as connection:
+            assert connection.selected_alpn_protocol() == "http/1.1"
+
+
+# Methods, paths and bodies.
+
+
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT", "FOO", "get", "X" * 1000, "PROPFIND"])
+def test_a_method_that_nobody_needs_is_refused(plain: Front, method: str) -> None:
+    before = plain.seen()
+    assert plain.raw(f"{method} /v1/models HTTP/1.1\nHost: localhost")[0] in (400, 405)
+    assert plain.seen() == before
+
+
+def test_http_2_is_not_spoken_in_clear(plain: Front) -> None:
+    assert b" 400 " in plain.haproxy.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+
+
+@pytest.mark.parametrize("path", [f"{CHAT}/", f"{CHAT}//", f"{CHAT}/?a=b"])
+def test_a_slash_too_many_makes_no_difference(plain: Front, path: str) -> None:
+    """The stock server would redirect the call, with its keys, to http://."""
+    assert plain.call(path, LIST).status_code == 200
+    assert plain.gateway.heads[-1].startswith(f"POST {path.replace('//', '/').replace('/?', '?').rstrip('/')} ")
+
+
+@pytest.mark.parametrize(
+    "path", ["/docs", "/docs/", "/docs/oauth2-redirect", "/redoc", "/docs?a", "/%64ocs", "/docs%2F", "/favicon.ico"]
+)
+def test_what_loads_scripts_from_elsewhere_is_closed(plain: Front, path: str) -> None:
+    before = plain.seen()
+    assert plain.call(path, method="GET").status_code == 404
+    assert plain.seen() == before
+
+
+def test_no_redirect_gets_out(tmp_path: Path) -> None:
+    answer = b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://localhost/x\r\nContent-Length: 0\r\n\r\n"
+    with front(tmp_path, gateway=Recorder(answer=answer)) as redirecting:
+        for path in ("/v1/models", "/v1", "/v1/models/x%2F"):
+            response = redirecting.call(path, method="GET")
+            assert response.status_code == 404
+            assert "location" not in response.headers
+
+
+def test_a_body_beyond_the_limit_is_refused_and_an_image_is_not(plain: Front) -> None:
+    before = plain.seen()
+    response = plain.call("/v1/responses", LIST, content=bytes(50_000_001))
+    assert response.status_code == 413
+    assert "50000000" in message(response)
+    assert eventually(lambda: plain.haproxy.lines(status=413, why="a body that is too long"))
+    assert plain.seen() == before
+    assert plain.call("/v1/responses", LIST, content=bytes(50_000_000)).status_code == 200
+
+
+def test_the_limit_of_a_body_can_be_set(tmp_path: Path) -> None:
+    with front(tmp_path, FRONT_BODY_LIMIT="1000") as small:
+        assert "1000 bytes" in message(small.call(headers=LIST, content=bytes(1001)))
+        assert small.call(headers=LIST, content=bytes(1000)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "length", ["9223372036854775808", "18446744073709551615", "99999999999999999999", "-1", "0x10", "1,2", "50000001, 50000001"]
+)
+def test_no_length_slips_by_the_limit(plain: Front, length: str) -> None:
+    before = plain.seen()
+    head = f"POST {CHAT} HTTP/1.1\nHost: localhost\nAuthorization: Bearer openai=sk\nContent-Length: {length}"
+    assert plain.raw(head, b"{}")[0] in (400, 413)
+    assert plain.seen() == before
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "PUT"])
+def test_a_body_of_unknown_length_is_refused(plain: Front, method: str) -> None:
+    before = plain.seen()
+    response = plain.call("/v1/responses", LIST, method, content=iter([b"{", b"}"]))
+    assert response.status_code == 411
+    assert plain.seen() == before
+    assert plain.raw(f"POST {CHAT} HTTP/1.1\nHost: localhost\nAuthorization: Bearer openai=sk")[0] == 411
+
+
+def test_a_gateway_learns_the_callers_address_from_the_front_alone(plain: Front) -> None:
+    claims = {
+        "X-Forwarded-For": "9.9.9.9",
+        "X-Forwarded-Proto": "ftp",
+        "X_Forwarded_For": "9.9.9.9",
+        "Forwarded": "for=9.9.9.9",
+        "X-Real-IP": "9.9.9.9",
+    }
+    assert plain.call("/v1/models", claims, "GET").is_success
+    assert "9.9.9.9" not in plain.gateway.heads[-1]
+    assert "ftp" not in plain.gateway.heads[-1]
+    assert plain.gateway.headers()["x-forwarded-for"] == "127.0.0.1"
+
+
+# Connections.
+
+SLOW = {
+    "nothing": b"",
+    "half a head": b"POST /v1/chat/comp",
+    "half a body": f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer openai=sk\r\nContent-Length: 9\r\n\r\n{{".encode(),
+    "headers without end": b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: y\r\n",
+}
+
+
+def test_who_connects_and_does_not_ask_is_sent_away(plain: Front) -> None:
+    """At the egress door too."""
+    before = plain.seen()
+    with contextlib.ExitStack() as stack:
+        connections = {name: stack.enter_context(plain.haproxy.connect()) for name in SLOW}
+        egress = socket.create_connection(("127.0.0.1", plain.haproxy.egress_port), timeout=60)
+        connections["half at the egress door"] = stack.enter_context(egress)
+        for name, connection in connections.items():
+            connection.sendall(SLOW.get(name, b"POST /openai/v1 HTTP/1.1\r\nHost:"))
+        for connection in connections.values():
+            while (data := connection.recv(1000)) and b" 408 " not in data:
+                pass
+    assert plain.seen() == before
+
+
+def test_headers_without_end_are_cut_off(plain: Front) -> None:
+    with plain.haproxy.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n")
+        for i in range(10_000):
+            connection.sendall(f"X-{i}: {'x' * 100}\r\n".encode())
+        raise AssertionError("1 MB of headers was taken.")
+    assert plain.raw("GET /v1/models HTTP/1.1\nHost: localhost\nX: " + "x" * 20_000)[0] in (0, 400, 431)
+
+
+def turned_away(connection: socket.socket) -> bool:
+    """Whether it was closed without a word. One that was let in stays open for a while."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_one_address_cannot_take_all_places(plain: Front) -> None:
+    """Nor can one machine, which has all of 127.0.0.0/8 for its own."""
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for i in range(600):
+            with contextlib.suppress(ConnectionError):
+                source = (f"127.0.0.{2 + i % 20}", 0)
+                connection = socket.create_connection(("127.0.0.1", plain.haproxy.port), 60, source)
+                connections.append(stack.enter_context(connection))
+        assert len(connections) < 600 or eventually(lambda: sum(map(turned_away, connections)) >= 90, 20)
+        assert httpx.get(f"{plain.haproxy.egress}/x", trust_env=False).status_code == 404
+    assert eventually(lambda: plain_answers(plain))
+
+
+def plain_answers(plain: Front) -> bool:
+    """Whether the front takes a call."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{plain.haproxy.url}/v1/models", trust_env=False).is_success
+    return False
+
+
+def test_neither_door_can_use_up_the_others_places() -> None:
+    text = {name: (CONFIGURATION / f"{name}.cfg").read_text() for name in BOTH}
+    limits = {name: [int(limit) for limit in re.findall(r"^ *maxconn (\d+)", text[name], re.MULTILINE)] for name in text}
+    assert len(limits["front"]) == len(limits["egress"]) == 1
+    assert limits["front"][0] + limits["egress"][0] < limits["global"][0]
+
+
+def test_a_flood_at_the_egress_door_leaves_the_front_alone(plain: Front) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(1_600):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex(("127.0.0.1", plain.haproxy.egress_port))
+        assert plain.call("/v1/models", method="GET").is_success
+        assert plain.call(NATIVE["openai"], {"Authorization": "Bearer sk-fake"}).is_success
+    egress = f"{plain.haproxy.egress}/openai/v1/x"
+    assert httpx.post(egress, trust_env=False, timeout=60).is_success
+
+
+def test_who_hangs_up_frees_the_gateway(tmp_path: Path) -> None:
+    with front(tmp_path, gateway=Recorder("stall")) as stalling:
+        with stalling.haproxy.connect() as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert eventually(lambda: stalling.gateway.alive == 1)
+        assert eventually(lambda: stalling.gateway.alive == 0)
+        assert eventually(lambda: stalling.haproxy.lines(why="the caller hung up before the server answered"))
+
+
+def test_a_call_that_a_gateway_may_have_seen_is_not_sent_again(tmp_path: Path) -> None:
+    with front(tmp_path, gateway=Recorder("close")) as closing:
+        response = closing.call(headers=LIST)
+        assert response.status_code == 502
+        assert message(response) == "The server closed the connection before it answered."
+        assert len(closing.gateway.heads) == 1
+
+
+def test_a_refused_connection_carried_nothing_and_another_gateway_is_asked(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with front(tmp_path, GATEWAY_B=address) as several:
+            assert all(several.call(headers=LIST).is_success for _ in range(8))
+
+
+def test_a_call_that_no_gateway_takes_is_a_sentence(tmp_path: Path) -> None:
+    with front(tmp_path, BALANCER, GATEWAY_A="127.0.0.1:9", GATEWAY_B="127.0.0.1:9") as nobody:
+        assert eventually(lambda: nobody.call(headers=LIST).status_code == 503)
+        response = nobody.call(headers=LIST)
+    assert message(response) == "No gateway is up."
+
+
+def timeouts(*files: str) -> dict[str, float]:
+    """The time-outs that files of the configuration set, in seconds."""
+    units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+    text = "\n".join((CONFIGURATION / f"{name}.cfg").read_text() for name in files)
+    return {
+        name: int(number) * units[unit]
+        for name, number, unit in re.findall(r"^\s*timeout (\S+) (\d+)(ms|[smh])$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("files", [SIDECAR, BALANCER])
+def test_no_model_thinks_longer_than_a_proxy_waits(files: tuple[str, ...]) -> None:
+    """The gateway gives a vendor 600 s, so that a proxy before or behind it must give it more."""
+    given = timeouts(*files)
+    assert openai.DEFAULT_TIMEOUT.read == 600
+    assert given["client"] > 600
+    assert given["server"] > 600
+    assert given["connect"] <= 5
+
+
+def test_nobody_elsewhere_reaches_it_unless_told() -> None:
+    assert "setenv FRONT_BIND 127.0.0.1:8320" in (CONFIGURATION / "front.cfg").read_text()
+    assert 'bind "127.0.0.1:${EGRESS_PORT-8322}"' in (CONFIGURATION / "egress.cfg").read_text()
+
+
+# Pages of other origins.
+
+REFUSED = [
+    (CHAT, {}, "POST", 401),
+    (CHAT, {"Host": "evil.example"}, "POST", 421),
+    (CHAT, [("x-api-key", "a"), ("x-api-key", "b")], "POST", 400),
+    ("/docs", {}, "GET", 404),
+    ("/v1/models", {}, "TRACE", 405),
+    ("/openai/v1/status/429", {}, "POST", 429),
+    ("/gemini/v1/status/500", {}, "POST", 500),
+    ("/openai/v1/x", {"Authorization": "Bearer gemini=g"}, "POST", 401),
+    ("/v1/models", {}, "GET", 200),
+    ("/openai/v1/x", {}, "POST", 200),
+]
+
+
+@pytest.mark.parametrize(("path", "headers", "method", "status"), REFUSED)
+def test_a_page_that_may_call_can_read_every_answer(
+    plain: Front, path: str, headers: dict | list, method: str, status: int
+) -> None:
+    for origin, allowed in {ORIGIN: True, f"{ORIGIN}.evil": False, "null": False, "none": False, f"{ORIGIN}/": False}.items():
+        named = [*(headers.items() if isinstance(headers, dict) else headers), ("Origin", origin)]
+        response = plain.call(path, named, method)
+        assert response.status_code == status
+        assert response.headers.get_list("access-control-allow-origin") == ([ORIGIN] if allowed else [])
+        assert "Origin" in response.headers["vary"]
+
+
+def test_a_page_can_read_a_servers_error(tmp_path: Path) -> None:
+    """The stock server leaves the header out of every 500 and of a vendor's errors; of others it has its own."""
+    answer = b"HTTP/1.1 500 X\r\nAccess-Control-Allow-Origin: https://other.example\r\nContent-Length: 2\r\n\r\n{}"
+    with front(tmp_path, gateway=Recorder(answer=answer), LLAMA_STACK_CORS_ORIGIN=ORIGIN) as failing:
+        response = failing.call(headers=LIST | {"Origin": ORIGIN})
+        assert response.status_code == 500
+        assert response.headers.get_list("access-control-allow-origin") == [ORIGIN]
+        failing.gateway.mode = "close"
+        # On a connection of its own: as the second on one, HAProxy closes it without an answer, which says "try again".
+        response = httpx.post(f"{failing.haproxy.url}{CHAT}", headers=LIST | {"Origin": ORIGIN}, json={}, trust_env=False)
+        assert response.status_code == 502
+        assert response.headers["access-control-allow-origin"] == ORIGIN
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/models", "/openai/v1/responses", "/gemini/v1beta/files/x"])
+def test_what_a_page_asks_beforehand_is_answered(plain: Front, path: str) -> None:
+    before = plain.seen()
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,x-llamastack-provider-data,x-stainless-os",
+    }
+    response = plain.call(path, asked | {"Origin": ORIGIN}, "OPTIONS")
+    assert response.status_code == 204
+    assert response.headers["access-control-allow-origin"] == ORIGIN
+    assert response.headers["access-control-allow-headers"] == asked["Access-Control-Request-Headers"]
+    assert {"GET", "POST", "DELETE"} <= set(response.headers["access-control-allow-methods"].split(", "))
+    refused = plain.call(path, asked | {"Origin": "https://evil.example"}, "OPTIONS")
+    assert refused.status_code == 403
+    assert not [name for name in refused.headers if name.startswith("access-control")]
+    assert plain.seen() == before
+
+
+def test_where_no_page_may_call_none_can(tmp_path: Path) -> None:
+    with front(tmp_path) as closed:
+        for origin in ("none", "null", ORIGIN, ""):
+            response = closed.call("/v1/models", {"Origin": origin}, "GET")
+            assert not [name for name in response.headers if name.startswith("access-control")] or origin == "none"
+
+
+# The page.
+
+FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_page_is_served(plain: Front, path: str) -> None:
+    response = plain.call(path, method="GET")
+    assert response.content == (PROJECT / "deploy" / "page" / FILES[path]).read_bytes()
+    assert response.headers["content-type"].endswith("charset=utf-8")
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'")
+    assert "frame-ancestors 'none'" in policy
+    for name, value in {
+        "cross-origin-opener-policy": "same-origin",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }.items():
+        assert response.headers[name] == value
+    assert plain.call(path, method="HEAD").status_code == 200
+    assert plain.call(path).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/models", CHAT, "/openai/v1/x", "/docs"])
+def test_no_other_answer_is_a_page(plain: Front, path: str) -> None:
+    response = plain.call(path, method="GET")
+    assert response.headers["content-security-policy"] == "sandbox; default-src 'none'"
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+# The log.
+
+FIELDS = {"time", "door", "method", "path", "to", "status", "ms_first_byte", "ms_total", "end", "client", "why"}
+
+
+def test_each_call_is_a_line_of_the_log(plain: Front) -> None:
+    plain.call("/v1/chat/completions?key=secret-in-url", LIST | {"X-Secret": "secret-in-header"}, content=b"secret-in-body")
+    plain.call("/openai/v1/status/404?a=secret-in-url", {"Authorization": "Bearer sk-secret"})
+    plain.call(f"/v1/{'long' * 100}", method="GET")
+    assert eventually(lambda: plain.haproxy.lines(path=f"/v1/{'long' * 49}"))
+    assert eventually(lambda: plain.haproxy.lines(path="/openai/v1/status/404"))
+    (called, *_) = plain.haproxy.lines(path=CHAT, status=200, method="POST")
+    assert set(called) == FIELDS
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", called["time"])
+    assert (
+        called | {"method": "POST", "to": "gateways", "client": "127.0.0.1", "why": "-", "end": "--", "door": "front"} == called
+    )
+    assert 0 <= called["ms_first_byte"] <= called["ms_total"] + 1
+    assert "secret" not in plain.haproxy.log
+
+
+FORGED = [
+    'GET /v1/x","status":200,"a":" HTTP/1.1',
+    "GET /v1/x\\ HTTP/1.1",
+    "GET /v1/a\rb HTTP/1.1",
+    "GET /v1/a%0a{%22door%22:%22front%22,%22path%22:%22/forged%22} HTTP/1.1",
+    'X"Y /v1/x HTTP/1.1',
+    "X{Y}' /v1/x HTTP/1.1",
+    "GET /v1/\x00x HTTP/1.1",
+    "GET /v1/\xc3\xa9\xff\x80 HTTP/1.1",
+    "GET /v1/\x1b[31m HTTP/1.1",
+    f"GET /{'%e9%22' * 300} HTTP/1.1",
+    "GET /v1/%22%5c HTTP/9.9",
+    f"{'M' * 5000} /v1/x HTTP/1.1",
+]
+
+
+@pytest.mark.parametrize("line", FORGED)
+def test_no_line_of_the_log_is_a_callers(plain: Front, line: str) -> None:
+    before = len(plain.haproxy.log.splitlines())
+    plain.raw(f"{line.replace(chr(13), '<CR>')}\nHost: localhost\nX-Forwarded-For: 9.9.9.9".replace("<CR>", "\r"))
+    assert eventually(lambda: len(plain.haproxy.log.splitlines()) > before)
+    for text in plain.haproxy.log.splitlines()[before:]:
+        found = json.loads(text)
+        assert set(found) == FIELDS
+        assert found["method"] in {"GET", "other", "-"}
+        assert found["client"] == "127.0.0.1"
+        assert len(found["path"]) <= 200
+        assert text.isascii()
+        assert not re.search(r"[\x00-\x1f\x7f]", text)
+    assert not plain.haproxy.lines(path="/forged")
+
+
+WHY = [
+    (400, "more than one credential", [("x-api-key", "a"), ("x-api-key", "b")], CHAT),
+    (401, "no key that counts here", {}, CHAT),
+    (404, "nothing at this path", {}, "/docs"),
+    (421, "a name that is not known here", {"Host": "x.example"}, CHAT),
+    (429, "the vendor answered so", {}, "/openai/status/429"),
+    (403, "closed to this caller", {"Origin": "https://x.example", "Access-Control-Request-Method": "POST"}, CHAT),
+]
+
+
+@pytest.mark.parametrize(("status", "why", "headers", "path"), WHY)
+def test_a_failed_call_is_logged_with_the_reason(plain: Front, status: int, why: str, headers: dict | list, path: str) -> None:
+    method = "OPTIONS" if status == 403 else "GET" if status == 404 else "POST"
+    with contextlib.suppress(httpx.TransportError):
+        assert plain.call(path, headers, method).status_code == status
+    assert eventually(lambda: plain.haproxy.lines(status=status, why=why, path=path))
+
+
+def test_a_line_for_what_is_no_request(plain: Front) -> None:
+    plain.haproxy.raw(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
+    assert eventually(lambda: plain.haproxy.lines(status=400, why="no complete request", method="-"))
+
+
+# Start and end.
+
+
+def test_it_tells_that_it_starts_and_stops(tmp_path: Path) -> None:
+    settings = {"START": "1", "LLAMA_STACK_CORS_ORIGIN": ORIGIN}
+    with front(tmp_path, **settings) as started:
+        response = started.call(headers=LIST | {"Origin": ORIGIN})
+        assert response.status_code == 503
+        assert "starting" in message(response)
+        assert response.headers["retry-after"]
+        assert response.headers["access-control-allow-origin"] == ORIGIN
+        assert not started.gateway.heads
+        assert started.call("/", method="GET").is_success
+        assert started.call(NATIVE["openai"], {"Authorization": "Bearer sk-fake"}).is_success
+        started.haproxy.admin("enable server gateways/a")
+        assert started.call(headers=LIST).is_success
+        started.haproxy.admin("set server gateways/a state drain")
+        before = started.seen()
+        for path in (CHAT, NATIVE["openai"], "/"):
+            response = started.call(path, LIST)
+            assert response.status_code == 503
+            assert "stopping" in message(response)
+        assert started.seen() == before
+
+
+def test_a_server_that_is_gone_is_told_at_once(tmp_path: Path) -> None:
+    with front(tmp_path, START="1", GATEWAY_A="127.0.0.1:9") as gone:
+        gone.haproxy.admin("enable server gateways/a")
+        began = time.monotonic()
+        assert "takes no calls" in message(gone.call(headers=LIST))
+        assert time.monotonic() - began < 2
+        assert eventually(lambda: gone.haproxy.lines(why="no server took the call"))
+
+
+def test_a_call_in_hand_outlives_a_drained_server(tmp_path: Path) -> None:
+    with front(tmp_path, START="1", gateway=Recorder("stall")) as started:
+        started.haproxy.admin("enable server gateways/a")
+        with started.haproxy.connect() as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert eventually(lambda: started.gateway.alive == 1)
+            started.haproxy.admin("set server gateways/a state drain")
+            assert "stopping" in message(started.call(headers=LIST))
+            assert started.gateway.alive == 1
+
+
+def test_sockets_can_be_inherited(tmp_path: Path) -> None:
+    """So that nobody else can bind them while one of a gateway's processes lives."""
+    with contextlib.ExitStack() as stack, Recorder() as recorder:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        one, two, egress = (each.fileno() for each in sockets)
+        urls = [f"http://127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+        admin = stack.enter_context(socket.socket(socket.AF_UNIX))
+        admin.bind(str(tmp_path / "admin"))
+        admin.listen()
+        settings = {"FRONT_BIND": f"fd@{one},fd@{two}", "EGRESS_BIND": f"fd@{egress}", "HAPROXY_SOCKET": f"fd@{admin.fileno()}"}
+        haproxy = HAProxy(tmp_path, GATEWAY_A=recorder.address, START="1", **settings)
+        haproxy.start(pass_fds=[one, two, egress, admin.fileno()])
+        stack.callback(haproxy.__exit__)
+        # These wait in the sockets until it is up.
+        assert httpx.get(f"{urls[0]}/v1/models", trust_env=False, timeout=60).status_code == 503, haproxy.log
+        haproxy.admin("enable server gateways/a")
+        for url in urls[:2]:
+            assert httpx.get(f"{url}/v1/models", trust_env=False).is_success
+        assert httpx.get(f"{urls[2]}/x", trust_env=False).status_code == 404
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_it_ends_when_it_is_told(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGUSR1 lets calls in hand finish, SIGTERM drops them."""
+    with front(tmp_path, gateway=Recorder("stall")) as ending, ending.haproxy.connect() as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert eventually(lambda: ending.gateway.alive == 1)
+        os.kill(ending.haproxy.process.pid, number)
+        if number == signal.SIGUSR1:
+            assert eventually(lambda: not plain_answers(ending))
+            assert ending.haproxy.process.poll() is None
+            assert ending.gateway.alive == 1
+            connection.close()
+        ending.haproxy.process.wait(60)
+        assert eventually(lambda: ending.gateway.alive == 0)
+
+
+def test_a_second_one_on_the_same_port_does_not_start(tmp_path: Path) -> None:
+    with front(tmp_path) as first, NameServer() as names:
+        ports = {"FRONT_BIND": f"127.0.0.1:{first.haproxy.port}", "EGRESS_PORT": str(first.haproxy.egress_port)}
+        second = HAProxy(tmp_path / "second", EGRESS_NAMESERVER=f"127.0.0.1:{names.port}", **ports)
+        second.start()
+        assert second.process.wait(60) != 0
+        assert first.call("/v1/models", method="GET").is_success
+
+
+def test_each_set_of_files_is_valid_without_a_setting(tmp_path: Path) -> None:
+    for files in (SIDECAR, BALANCER, BOTH):
+        haproxy = HAProxy(tmp_path, files)
+        haproxy.settings.clear()
+        haproxy.start("-c")
+        assert haproxy.process.wait(60) == 0
+        assert "WARNING" not in haproxy.log
+
+
+def test_an_older_haproxy_says_what_it_lacks() -> None:
+    assert ".if version_before(2.6)\n    .alert" in (CONFIGURATION / "global.cfg").read_text()
+
+
+def test_keys_for_every_vendor_reach_the_gateway(plain: Front) -> None:
+    assert plain.call(headers=ALL_KEYS).is_success
+    assert plain.gateway.headers()[PROVIDER_DATA] == ALL_KEYS[PROVIDER_DATA]
