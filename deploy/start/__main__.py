@@ -159,7 +159,7 @@ def of_traces(environ: dict[str, str]) -> list[str]:
     if environ.get("OTEL_TRACES_EXPORTER", "none") == "none":
         return []
     return [
-        "Traces are exported: spans have the path of each call, the URLs that callers name for MCP servers, and `tracestate`."
+        "Traces are exported: what callers write into URLs, their calls' with the query and MCP servers', and into `tracestate`."
     ]
 
 

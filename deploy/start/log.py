@@ -125,7 +125,8 @@ REASONS = [
     (re.compile(r"httpx\.ConnectError: .*CERTIFICATE_VERIFY_FAILED"), "the vendor's certificate is not trusted (SSL_CERT_FILE)"),
     (re.compile(r"httpx\.ConnectError: \[Errno (-\d+|8)\]"), "no name server knows the vendor's name"),
     (re.compile(r"(httpcore|httpx)\.ConnectError: .*(Errno 111|Errno 61|refused)"), "the connection was refused"),
-    (re.compile(r"ConnectionRefusedError: "), "the connection was refused"),
+    # The library's words for one address or several, whatever was wrong with each.
+    (re.compile(r"httpx\.ConnectError: All connection attempts failed"), "the connection was refused, or there is no way there"),
     (re.compile(r"httpx\.(Connect|Read|Write|Pool)Timeout"), "the vendor timed out"),
     (re.compile(r"httpx\.ProxyError: "), "the proxy of HTTPS_PROXY refused the connection"),
     (re.compile(r"httpx\.(RemoteProtocolError|ReadError|WriteError)"), "the connection broke off"),
