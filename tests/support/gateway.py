@@ -269,9 +269,13 @@ def refused(home: Path, cwd: Path = PROJECT, shell: str = "", **settings: str) -
     """What a start says that refuses to be one, in sentences. `shell` goes before it on a shell's line."""
     environ = clean_environ(home, **{"LLAMA_STACK_PORT": str(free_port())} | settings)
     command = ["sh", "-c", f'{shell} exec "$@"', "sh", *START]
-    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (2, ""), f"{done.returncode}: {done.stdout} {done.stderr}"
-    return done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=cwd, env=environ, **pipes) as start:
+        if started := start.stdout.readline():  # Only one that goes on says anything there.
+            start.kill()
+        _, said = start.communicate(timeout=120)
+    assert (start.returncode, started) == (2, ""), f"{start.returncode}: {started} {said}"
+    return said
 
 
 def copy_project(folder: Path) -> Path:
