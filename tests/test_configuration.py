@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import httpx
-from support.calls import ALL_KEYS, MODELS, caller, chat
+from support.calls import ALL_KEYS, MODELS, RUN_YAML, caller, chat
 from support.gateway import PROJECT, PROVIDER_DATA, Gateway, family
 from support.vendors import KEYS, Vendors
 
