@@ -107,7 +107,8 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output,
                 if exit_code != -signal.SIGTERM or not stopping:
                     code = exit_code if exit_code >= 0 else 128 - exit_code
                 if not stopping:
-                    code, last_words = (code, ENDED) if is_up else (2, NOT_STARTED)
+                    # 2 is for what would fail again: whoever restarts a service tries again after a signal.
+                    code, last_words = (code, ENDED) if is_up else (2 if exit_code >= 0 else 1, NOT_STARTED)
                     last_words = last_words.format("server")
                     break
                 if not gateway.lives("HAProxy"):
