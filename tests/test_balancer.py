@@ -121,6 +121,15 @@ def test_tokens_arrive_as_the_gateway_sends_them(client: httpx.Client) -> None:
     assert eventually(lambda: one_by_one(client))
 
 
+def test_one_gateway_alone_is_not_checked(tmp_path: Path) -> None:
+    """A check could only turn a wait for a busy one into an error: there is no other that could be asked."""
+    if not HAPROXY:
+        pytest.skip("HAProxy is not installed (Debian: apt-get install haproxy)")
+    with HAProxy(tmp_path, BALANCER, GATEWAY_A="127.0.0.1:9") as balancer:
+        (line,) = [line for line in balancer.admin("show stat").splitlines() if line.startswith("gateways,a,")]
+    assert ",no check," in line
+
+
 @pytest.mark.parametrize("announced", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["announced", "unannounced"])
 def test_a_restart_loses_no_call(balancer: HAProxy, gateways: dict[str, Gateway], announced: bool) -> None:
     before = gateways["a"].process.pid

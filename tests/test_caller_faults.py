@@ -75,6 +75,31 @@ def test_500_connections_that_say_nothing_or_half_a_request(gateway: Gateway, fi
     figures.append(Figure("500 connections idle or half-way through a request", "others are served", None, others.worst))
 
 
+# What a connection may send without end, and without a key.
+ENDLESS = {
+    "header lines": (b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n", b"X-Any: any\r\n" * 10_000),
+    "one header line": (b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\nX-Any: ", b"x" * 100_000),
+    "a URL": (b"GET /v1/", b"x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_comes_without_end_is_cut_off_and_not_kept(alone: Gateway, figures: list[Figure], what: str) -> None:
+    """By the server itself. Before a front, HAProxy does so. On one connection, up to 100 MB."""
+    head, more = ENDLESS[what]
+    before, sent = alone.resident(), 0
+    with Others(alone) as others, socket.create_connection(("127.0.0.1", alone.port), timeout=60) as connection:
+        connection.sendall(head)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1_000):
+                connection.sendall(more)
+                sent += len(more)
+    assert sent < 20_000_000, f"{sent / 1e6:.0f} MB were taken"
+    grown = alone.resident() - before
+    assert grown < 20_000_000, f"{grown / 1e6:.0f} MB more memory"
+    figures.append(Figure(f"{what} without end", "the connection is cut", None, others.worst))
+
+
 @pytest.mark.slow
 def test_errors_close_the_connection_unannounced(gateway: Gateway, figures: list[Figure]) -> None:
     """How a client that keeps its connections and does not retry fares with the next call after an error."""

@@ -387,8 +387,9 @@ def test_a_front_beside_the_image(copy: Path, bare: Gateway, certificate: ssl.SS
 
 
 def assert_serves(command: str, folder: Path, url: str, trust: ssl.SSLContext) -> None:
-    """A front that a command starts answers a call, some time after."""
-    with subprocess.Popen(["sh", "-c", command], cwd=folder, env=clean_environ(folder), start_new_session=True) as haproxy:
+    """A front that a command starts answers a call, some time after, and knows the vendors, though it finds none here."""
+    environ = clean_environ(folder, EGRESS_NAMESERVER="127.0.0.1:9")
+    with subprocess.Popen(["sh", "-c", command], cwd=folder, env=environ, start_new_session=True) as haproxy:
         try:
             with caller(url, verify=trust) as client:
                 said: list[str] = []
@@ -401,6 +402,8 @@ def assert_serves(command: str, folder: Path, url: str, trust: ssl.SSLContext) -
                     return "stand-in for OpenAI" in said[-1]
 
                 assert eventually(served, 60), said[-1]
+                key = {"Authorization": f"Bearer {KEYS['openai']}"}
+                assert "No connection to the vendor" in client.post("/openai/v1/responses", headers=key, json={}).text
         finally:
             os.killpg(haproxy.pid, signal.SIGKILL)
 
@@ -551,6 +554,8 @@ def read_by_haproxy() -> list[Setting]:
     for file in sorted((PROJECT / "deploy/haproxy").glob("*.cfg")):
         for name, default in re.findall(r"\$\{([A-Z_]+)(?:\[\*\])?(?:-([^}]*))?}", file.read_text()):
             found.append(Setting(name, str(file.relative_to(PROJECT)), "" if default.startswith("@") else default))
+        for name, default in re.findall(r"^    setenv ([A-Z_]+) (\S+)$", file.read_text(), re.MULTILINE):
+            found.append(Setting(name, str(file.relative_to(PROJECT)), default))
     return [setting for setting in found if setting.name not in INTERNAL]
 
 

@@ -24,7 +24,7 @@ PATHS = {vendor: f"/v1{'beta/openai/v1' if vendor == 'gemini' else ''}/chat/comp
 def settings(names: NameServer, port: int) -> dict[str, str]:
     """What leads the egress door to stand-ins at `port` instead of the vendors."""
     nameserver = f"127.0.0.1:{names.port}"
-    return {"EGRESS_PORT": str(free_port()), "EGRESS_NAMESTARTR": nameserver, "EGRESS_VENDOR_PORT": str(port)}
+    return {"EGRESS_PORT": str(free_port()), "EGRESS_NAMESERVER": nameserver, "EGRESS_VENDOR_PORT": str(port)}
 
 
 @pytest.fixture(scope="module")

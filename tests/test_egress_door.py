@@ -159,13 +159,15 @@ def test_a_failed_call_is_logged_with_the_reason_and_nothing_of_it(server: httpx
     for stream in (False, True):
         with contextlib.suppress(httpx.RemoteProtocolError):
             ask(server, "hang-up", "private words", stream=stream)
-    ask(server, "status-500", "private words")
+    for status in (429, 500):
+        ask(server, f"status-{status}", "private words")
     wire.fault = "no answer"
     with contextlib.suppress(httpx.RemoteProtocolError):
         server.post("/openai/v1/chat/completions?key=private-words", json=chat("gpt-4o", "private words"))
     assert eventually(lambda: door.lines(end="SH", why="the vendor closed the connection before it answered"))
     assert door.lines(to="vendor-openai", status=200, end="SD", why=BROKE_OFF)
-    assert door.lines(to="vendor-openai", status=500, end="--", why="the vendor answered so")
+    for status in (429, 500):
+        assert door.lines(to="vendor-openai", status=status, end="--", why="the vendor answered so")
     assert all(set(line) == FIELDS and line["door"] == "egress" for line in door.lines())
     assert not door.lines(status=401)
     for secret in ["private", "sk-fake", "Bearer", "/v1"]:

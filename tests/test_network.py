@@ -1,4 +1,7 @@
-"""A server for a team, by environment alone: host, TLS, tokens, one browser origin, two workers, metrics and traces."""
+"""A server for a team, by environment alone: host, TLS, tokens, one browser origin, two workers and metrics.
+
+Most of it is asked of the stock server, which keeps these promises without a front as well.
+"""
 
 import base64
 import hashlib
@@ -17,7 +20,7 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.calls import ALL_KEYS, MODELS, caller, chat, events, message
-from support.gateway import Gateway, wait_for
+from support.gateway import ALONE, HAPROXY, Gateway, wait_for
 from support.services import ISSUER, Services
 from support.vendors import KEYS, Vendors
 
@@ -61,7 +64,7 @@ def team_gateway(vendors: Vendors, services: Services, tmp_path_factory: pytest.
         AUTH_ISSUER=ISSUER,
         OTEL_EXPORTER_OTLP_ENDPOINT=services.url,
         OTEL_METRIC_EXPORT_INTERVAL="500",
-        OTEL_BSP_SCHEDULE_DELAY="500",
+        **ALONE,
         **vendors.environ(),
     )
     gateway.trust = ssl.create_default_context()
@@ -94,13 +97,6 @@ def test_speaks_tls_alone(team_gateway: Gateway) -> None:
         httpx.get(f"{team_gateway.url}/v1/health", trust_env=False, timeout=60)
     with pytest.raises(httpx.RemoteProtocolError):
         httpx.get(team_gateway.url.replace("https", "http") + "/v1/health", trust_env=False, timeout=60)
-
-
-@pytest.mark.parametrize("alone", ["CERT", "KEY"])
-def test_half_a_tls_setting_is_refused(tmp_path: Path, alone: str) -> None:
-    """The stock server would speak plain HTTP without a word, with keys in every request."""
-    with pytest.raises(RuntimeError, match="set both LLAMA_STACK_TLS_CERTFILE and LLAMA_STACK_TLS_KEYFILE"):
-        Gateway(tmp_path, **{f"LLAMA_STACK_TLS_{alone}FILE": "/any"}).start()
 
 
 def test_a_caller_without_a_token_is_refused(team: httpx.Client) -> None:
@@ -143,12 +139,22 @@ def test_a_good_token_is_served_and_reaches_no_vendor(team: httpx.Client, vendor
     assert not [seen for seen in list(vendors.seen) if secret in str(seen)]
 
 
-def test_the_audience_can_be_another(vendors: Vendors, services: Services, tmp_path: Path) -> None:
-    settings = {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER, "AUTH_AUDIENCE": "our-gateway"}
-    with Gateway(tmp_path, **settings, **vendors.environ()) as gateway, caller(gateway.url) as client:
+@pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+def test_the_front_speaks_tls_and_passes_tokens_for_another_audience(
+    team_gateway: Gateway, vendors: Vendors, services: Services, tmp_path: Path
+) -> None:
+    tls = {name: value for name, value in team_gateway.settings.items() if "_TLS_" in name}
+    tokens = {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER, "AUTH_AUDIENCE": "our-gateway"}
+    gateway = Gateway(tmp_path, LLAMA_STACK_HOST=HOST, LLAMA_STACK_CORS_ORIGIN=PAGE, **tls, **tokens, **vendors.environ())
+    gateway.trust = team_gateway.trust
+    with gateway, caller(gateway.url, verify=gateway.trust) as client:
         for audience, status in (("our-gateway", 200), ("lls-openai", 401)):
-            token = {"Authorization": f"Bearer {services.token(aud=audience)}"}
-            assert client.get("/v1/models", headers=token).status_code == status
+            headers = ALL_KEYS | {"Authorization": f"Bearer {services.token(aud=audience)}", "Origin": PAGE}
+            answer = client.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0]))
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == PAGE
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/openai/v1/models", headers={"Authorization": "Bearer sk-fake"}).status_code == 403
 
 
 def test_a_token_without_vendor_keys_gets_the_vendors_refusal(
@@ -237,21 +243,15 @@ def test_metrics_reach_the_collector(team: httpx.Client, services: Services, tok
     assert {point["service.name"] for points in metrics.values() for point in points} == {"lls-openai"}
 
 
-def test_traces_reach_the_collector(team: httpx.Client, services: Services, token: dict[str, str]) -> None:
-    team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(MODELS[0], PROMPT))
-    wait_for(lambda: [span for span in services.spans() if span["name"] == "POST /v1/chat/completions"])
-
-
 def test_telemetry_and_log_hold_no_key_token_or_prompt(
     team: httpx.Client, team_gateway: Gateway, services: Services, token: dict[str, str]
 ) -> None:
     team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(MODELS[0], PROMPT))
     team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat("openai/status-500", PROMPT))
     team.post("/v1/chat/completions", headers={"Authorization": "Bearer " + KEYS["openai"]}, json=chat(MODELS[0], PROMPT))
-    last, before = "openai/the-last-of-these", len(services.spans())
+    last = "openai/the-last-of-these"
     team.post("/v1/chat/completions", headers=token | ALL_KEYS, json=chat(last, stream=True))
     wait_for(lambda: any(point.get("model") == last for points in services.metrics().values() for point in points))
-    wait_for(lambda: len(services.spans()) > before)
     exported = b"".join(body for _, body in services.received)
     for secret in (*KEYS.values(), token["Authorization"].split(".")[0], PROMPT):
         assert secret.encode() not in exported

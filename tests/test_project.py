@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
@@ -50,8 +51,18 @@ def test_the_lock_is_of_this_pyproject(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")
-def test_python_lives_in_main_and_tests_alone() -> None:
-    assert [name for name in TRACKED if name.endswith(".py") and name != "main.py" and not name.startswith("tests/")] == []
+def test_python_lives_in_main_the_start_and_tests_alone() -> None:
+    ours = ("main.py", "deploy/start/", "tests/")
+    assert [name for name in TRACKED if name.endswith(".py") and not name.startswith(ours)] == []
+
+
+def test_the_start_needs_pythons_library_and_pyyaml_alone() -> None:
+    """So that it takes little memory beside the server, and imports nothing of it."""
+    files = list((PROJECT / "deploy" / "start").glob("*.py"))
+    imports = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
+    names = {name for file in files for name in imports.findall(file.read_text())}
+    assert names - sys.stdlib_module_names - {file.stem for file in files} == {"yaml"}
+    assert not {file.stem for file in files} & sys.stdlib_module_names, "-P leaves the start's folder first among them"
 
 
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")

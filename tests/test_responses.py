@@ -72,14 +72,15 @@ def test_each_vendor_sees_its_own_key_alone(client: httpx.Client, vendors: Vendo
 def test_the_one_key_form_ignores_the_callers_url(client: httpx.Client, vendors: Vendors) -> None:
     data = {"passthrough_api_key": KEYS["anthropic"], "passthrough_url": "https://evil.example"}
     call = responses("anthropic/any-model", "where does this response go")
+    vendors.strangers.clear()
     assert client.post("/v1/responses", headers={PROVIDER_DATA: json.dumps(data)}, json=call).is_success
     (seen,) = vendors.seen_with("where does this response go")
     assert seen.vendor == "anthropic"
     assert vendors.strangers == []
 
 
-def test_without_a_header_no_key_is_sent(client: httpx.Client, vendors: Vendors) -> None:
-    answer = client.post("/v1/responses", json=responses(MODELS[0], "no key here"))
+def test_without_a_header_no_key_is_sent(server: httpx.Client, vendors: Vendors) -> None:
+    answer = server.post("/v1/responses", json=responses(MODELS[0], "no key here"))
     assert answer.status_code == 500
     assert "Incorrect API key" in answer.text
     assert {seen.key for seen in vendors.seen_with("no key here")} == {None}

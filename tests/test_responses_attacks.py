@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from mcp.server.fastmcp import FastMCP
 from support.calls import ALL_KEYS, MODELS, PIXEL, WEATHER_FUNCTION, caller, chat, events, output_text, responses
-from support.gateway import PROVIDER_DATA, Gateway, eventually
+from support.gateway import ALONE, PROVIDER_DATA, Gateway, eventually
 from support.vendors import KEYS, InBackground, Vendors
 
 
@@ -88,7 +88,8 @@ def vendors() -> Iterator[Vendors]:
 
 @pytest.fixture(scope="module")
 def gateway(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with Gateway(tmp_path_factory.mktemp("gateway"), **vendors.environ()) as gateway:
+    """Without a front, which would turn some of these away before."""
+    with Gateway(tmp_path_factory.mktemp("gateway"), **ALONE, **vendors.environ()) as gateway:
         yield gateway
 
 

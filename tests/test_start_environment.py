@@ -20,7 +20,12 @@ VENDORS = {"https://api.openai.com", "https://generativelanguage.googleapis.com"
 NOT_THE_SERVERS = [
     *("OPENAI_API_KEY", "GEMINI_API_KEY", "ANTHROPIC_API_KEY", "GROQ_API_KEY", "LLAMA_STACK_API_KEY"),
     *("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS", "OPENAI_BASE_URL", "OPENAI_WEBHOOK_SECRET", "OPENAI_LOG"),
-    *("OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE", "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_REQUEST"),
+    *(
+        "OTEL_CONFIG_FILE",
+        "OTEL_EXPERIMENTAL_CONFIG_FILE",
+        "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_REQUEST",
+        "FASTAPI_OTEL_AUTO_CONFIGURE",
+    ),
     *("HTTP_PROXY", "http_proxy"),
 ]
 
@@ -95,7 +100,7 @@ def test_a_provider_that_is_added_to_run_yaml_needs_nothing_else(tmp_path: Path,
         },
     ]
     providers = RUN_YAML["providers"] | {"inference": RUN_YAML["providers"]["inference"] + more}
-    (project / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}))
+    (project / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}, sort_keys=False))
     gateway = Gateway(tmp_path / "home", cwd=project, EVEN_PASSTHROUGH_URL="http://even.example:81")
     environ = gateway.environ_at_start()
     assert {"https://more.example:8443", "http://even.example:81", "http://e.example"} <= set(environ["NO_PROXY"].split(","))

@@ -5,7 +5,6 @@ One start tells all that is wrong with its settings, so that many cases take one
 
 import contextlib
 import itertools
-import os
 import re
 import socket
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import trustme
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat, load_pem_private_key
-from support.gateway import ALONE, PROJECT, Gateway, clean_environ, copy_project, free_port, refused
+from support.gateway import ALONE, PROJECT, Gateway, copy_project, free_port, make_environ, refused
 
 A_PORT = "it has to be a port from 1024 to 65535"
 A_URL = "it has to be a URL that starts with https:// or http://, without a query"
@@ -254,15 +253,9 @@ TO_ANSWER_ON_80 = "To answer on 80 or 443, put a balancer in front (deploy/READM
 
 def test_make_hands_on_settings_and_runs_nothing_that_is_in_them(tmp_path: Path) -> None:
     """PORT is no setting, which `make server PORT=80` would not notice. And make's own $( ) is not for what a user has set."""
-    uv = tmp_path / "uv"  # Stands in for uv, which would fetch packages.
-    uv.write_text("#!/bin/sh\n")
-    uv.chmod(0o755)
 
     def make(*arguments: str, **settings: str) -> str:
-        environ = clean_environ(
-            tmp_path, LLAMA_STACK_PORT=str(free_port()), UV_PROJECT_ENVIRONMENT=str(PROJECT / ".venv"), **settings
-        )
-        environ["PATH"] = f"{tmp_path}{os.pathsep}{environ['PATH']}"
+        environ = make_environ(tmp_path, LLAMA_STACK_PORT=str(free_port()), **settings)
         command = ["make", "server", *arguments]
         done = subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2, done.stdout

@@ -15,9 +15,9 @@ import trustme
 import yaml
 from support.bare_servers import Accepts
 from support.callers import Others, assert_clean
-from support.calls import ALL_KEYS, CHAT, MODELS, RUN_YAML, arrivals, caller, chat, events, finished, message
+from support.calls import ALL_KEYS, CHAT, MODELS, RUN_YAML, arrivals, caller, chat, events, finished, message, responses
 from support.figures import Figure
-from support.gateway import START, Gateway, copy_project, free_port
+from support.gateway import START, Gateway, copy_project, free_port, wait_for
 from support.vendors import Vendors
 
 
@@ -43,30 +43,44 @@ def unreachable(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> I
         ]
         folder = copy_project(tmp_path_factory.mktemp("unreachable") / "project")
         providers = RUN_YAML["providers"] | {"inference": RUN_YAML["providers"]["inference"] + more}
-        (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}))
+        (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}, sort_keys=False))
         environ = vendors.environ() | {"NO_PROXY": "127.0.0.1,.invalid"}
         with Gateway(folder / "home", START, folder, **environ) as gateway:
             yield gateway
 
 
+# What it is, and what the log says of it.
 UNREACHABLE = {
-    "refuses": "vendor refuses the connection",
-    "nameless": "vendor's name does not resolve",
-    "untrusted": "vendor's certificate is not trusted",
-    "not-http": "vendor does not speak HTTP",
+    "refuses": ("vendor refuses the connection", "the connection was refused, or there is no way there"),
+    "nameless": ("vendor's name does not resolve", "no name server knows the vendor's name"),
+    "untrusted": ("vendor's certificate is not trusted", "the vendor's certificate is not trusted (SSL_CERT_FILE)"),
+    "not-http": ("vendor does not speak HTTP", "the connection broke off"),
 }
 
 
 @pytest.mark.parametrize("fault", UNREACHABLE)
 @pytest.mark.parametrize("stream", [False, True], ids=["regular", "stream"])
-def test_a_vendor_out_of_reach_is_an_error(unreachable: Gateway, figures: list[Figure], fault: str, stream: bool) -> None:
-    start = time.monotonic()
+def test_a_vendor_out_of_reach_is_an_error_and_the_log_says_why(
+    unreachable: Gateway, figures: list[Figure], fault: str, stream: bool
+) -> None:
+    what, why = UNREACHABLE[fault]
+    start, before = time.monotonic(), unreachable.log.count(f"A call failed: {why}.")
     with Others(unreachable) as others, caller(unreachable.url) as client:
         response = client.post(CHAT, headers=ALL_KEYS, json=chat(f"{fault}/any", "secret prompt", stream=stream))
     assert response.status_code == 500
     assert message(response) == "Internal server error: An unexpected error occurred."
     if not stream:
-        figures.append(Figure(UNREACHABLE[fault], "500", time.monotonic() - start, others.worst))
+        figures.append(Figure(what, "500", time.monotonic() - start, others.worst))
+    wait_for(lambda: unreachable.log.count(f"A call failed: {why}.") == before + 1, 30, seen=lambda: unreachable.log)
+    assert_clean(unreachable)
+
+
+def test_of_a_response_the_log_says_that_there_was_no_connection(unreachable: Gateway) -> None:
+    """The server logs no more of it."""
+    with caller(unreachable.url) as client:
+        for stream in (False, True):
+            client.post("/v1/responses", headers=ALL_KEYS, json=responses("refuses/any", "secret prompt", stream=stream))
+    wait_for(lambda: unreachable.log.count("A call failed: no connection to the vendor.") == 2, 30, seen=lambda: unreachable.log)
     assert_clean(unreachable)
 
 

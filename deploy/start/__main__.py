@@ -64,7 +64,8 @@ def main() -> int:
         )
         doors.close()
     events = gateway.events.put
-    lines = log.OfServer(output, settings.workers, bool(doors.front), lambda: events("up"), lambda: events("failing"))
+    seen_by_haproxy = bool(doors.front), bool(doors.egress)
+    lines = log.OfServer(output, settings.workers, *seen_by_haproxy, lambda: events("up"), lambda: events("failing"))
     gateway.spawn("server", [*wrapper(environ), *SERVER], environ, held, cwd=PROJECT, take=lines.take)
 
     warn = lambda sentence: output.say(sentence, "warning")
@@ -158,7 +159,7 @@ def of_traces(environ: dict[str, str]) -> list[str]:
     if environ.get("OTEL_TRACES_EXPORTER", "none") == "none":
         return []
     return [
-        "Traces are exported: spans have the path of each call, the URLs that callers name for MCP servers, and `tracestate`."
+        "Traces are exported: what callers write into URLs, their calls' with the query and MCP servers', and into `tracestate`."
     ]
 
 

@@ -48,11 +48,11 @@ def is_the_callers(name: str) -> bool:
     """Whether a variable would add to the calls what is the caller's to choose, or tell others what the caller said.
 
     The server's OpenAI SDK sends what it finds in OPENAI_… to every vendor. OpenTelemetry's put headers, keys among them, into
-    spans, or override what is set here.
+    spans, or override what is set here; FastAPI's adds exporters of its own.
     """
     if name.endswith("_PASSTHROUGH_URL"):
         return False
-    told = "OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE", "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS"
+    told = ("OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE", "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS", "FASTAPI_OTEL_")
     return name.endswith("_API_KEY") or name.startswith(("OPENAI_", *told))
 
 
@@ -85,7 +85,7 @@ def telemetry(settings: Settings) -> dict[str, str]:
         "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta",
         "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         "OTEL_SERVICE_NAME": "lls-openai",
-        # A span has the whole URL that a call names for an MCP server, and a caller's `tracestate`.
+        # What of_traces() in __main__.py says.
         "OTEL_TRACES_EXPORTER": "none",
     }
     chosen = {name: settings.environ.get(name) or value for name, value in usual.items()}

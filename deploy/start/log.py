@@ -96,10 +96,10 @@ EXCEPTION = re.compile(
     rf'"level": "error", "logger": "uvicorn\.error", "category": "server", "timestamp": "{TIME}"\}}'
 )
 
-# The Responses API answers a failed call by itself, and logs its exception without a traceback.
+# The Responses API answers a failed call by itself, and logs its exception without a traceback. A vendor's error is a warning.
 FAILED_RESPONSE = re.compile(
-    r'\{"category": "agents::builtin", "error_type": "(?P<kind>\w+)", "exc_info": ".*", '
-    r'"event": "Unexpected error during response generation", "level": "error", '
+    r'\{"category": "agents::builtin", ("error_type": "(?P<kind>\w+)", "exc_info"|"exc"): ".*", '
+    r'"event": "(Unexpected|Provider SDK) error during response generation", "level": "(error|warning)", '
     rf'"logger": "llama_stack\.providers\.inline\.responses\.builtin\.responses\.streaming", "timestamp": "{TIME}"\}}'
 )
 
@@ -125,19 +125,21 @@ REASONS = [
     (re.compile(r"httpx\.ConnectError: .*CERTIFICATE_VERIFY_FAILED"), "the vendor's certificate is not trusted (SSL_CERT_FILE)"),
     (re.compile(r"httpx\.ConnectError: \[Errno (-\d+|8)\]"), "no name server knows the vendor's name"),
     (re.compile(r"(httpcore|httpx)\.ConnectError: .*(Errno 111|Errno 61|refused)"), "the connection was refused"),
-    (re.compile(r"ConnectionRefusedError: "), "the connection was refused"),
+    # The library's words for one address or several, whatever was wrong with each.
+    (re.compile(r"httpx\.ConnectError: All connection attempts failed"), "the connection was refused, or there is no way there"),
     (re.compile(r"httpx\.(Connect|Read|Write|Pool)Timeout"), "the vendor timed out"),
     (re.compile(r"httpx\.ProxyError: "), "the proxy of HTTPS_PROXY refused the connection"),
     (re.compile(r"httpx\.(RemoteProtocolError|ReadError|WriteError)"), "the connection broke off"),
 ]
 NO_CONNECTION = "no connection to the vendor"
+BY_THE_VENDOR = "the vendor answered with an error"
 
 OF_THE_VENDOR = """BadRequestError AuthenticationError PermissionDeniedError NotFoundError ConflictError UnprocessableEntityError
 RateLimitError InternalServerError APIStatusError APIError"""
 KINDS = {
     "openai.APIConnectionError": NO_CONNECTION,
     "openai.APITimeoutError": "the vendor timed out",
-    **{f"openai.{kind}": "the vendor answered with an error" for kind in OF_THE_VENDOR.split()},
+    **{f"openai.{kind}": BY_THE_VENDOR for kind in OF_THE_VENDOR.split()},
 }
 
 
@@ -148,8 +150,10 @@ class OfServer:
     takes calls with all workers, `failing` where it has an error from which it neither recovers nor ends.
     """
 
-    def __init__(self, output: Output, workers: int, front: bool, up: Callable[[], None], failing: Callable[[], None]) -> None:
-        self.output, self.front, self.up, self.failing = output, front, up, failing
+    def __init__(
+        self, output: Output, workers: int, front: bool, egress: bool, up: Callable[[], None], failing: Callable[[], None]
+    ) -> None:
+        self.output, self.front, self.egress, self.up, self.failing = output, front, egress, up, failing
         self.workers, self.complete, self.taking_calls = workers, 0, False
         self.reason = ""
 
@@ -163,7 +167,7 @@ class OfServer:
         elif found := EXCEPTION.fullmatch(line):
             self.show_failure(found["kind"], found["time"])
         elif found := FAILED_RESPONSE.fullmatch(line):
-            self.show_failure(f"openai.{found['kind']}", found["time"])
+            self.show_failure(f"openai.{found['kind'] or 'APIStatusError'}", found["time"])
         elif found := REFUSED_TOKEN.fullmatch(line):
             self.show_sentence(TOKEN_WAS_REFUSED, "error", found["time"])
         elif found := ITS_OWN.fullmatch(line):
@@ -205,6 +209,8 @@ class OfServer:
 
     def show_failure(self, kind: str, at: str) -> None:
         reason = KINDS.get(kind, "an error in the server, or a call that it cannot take")
+        if self.egress and reason == BY_THE_VENDOR:
+            reason = "the vendor answered with an error, or the egress door in its place, which says why"
         self.show_sentence(f"A call failed: {self.reason if self.reason and reason == NO_CONNECTION else reason}.", "error", at)
         self.reason = ""
 
@@ -222,9 +228,9 @@ def take_haproxy(output: Output, line: str) -> None:
         call = json.loads(line)
         output.show(call, short_form(call))
     except (ValueError, KeyError, TypeError):
-        # What it says of itself, but for what the start has brought about.
-        ours = r"Proxy \S+ stopped|Server gateways/a (is UP|enters drain)|backend 'gateways' has no server"
-        if said and not re.match(ours, said[2]):
+        # What it says of itself, but for what the start has brought about, and for vendors that are found at an address.
+        usual = r"Proxy \S+ stopped|Server gateways/a |backend 'gateways' has no server|\S+ changed its IP|Server \S+ .*\bREADY"
+        if said and not re.match(usual, said[2]):
             output.say(f"HAProxy: {said[2]}", {"ALERT": "error", "WARNING": "warning"}[said[1]])
 
 
@@ -232,5 +238,5 @@ def short_form(call: dict[str, object]) -> str:
     """A call on a person's line: the time (UTC), the status, what was asked for or to whom it went, and why it failed."""
     what = f"{call['method']} {call['path']}" if "path" in call else f"to {call['to']}"
     why = str(call.get("why", ""))
-    why = f"  ({why})" if why and not why.endswith("answered so") else ""  # Which the status tells.
+    why = "" if why in ("", "-") or why.endswith("answered so") else f"  ({why})"  # Which the status tells.
     return f"{str(call['time'])[11:19]}  {call['status']}  {what}{why}"

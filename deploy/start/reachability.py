@@ -18,7 +18,8 @@ SECONDS = 10
 def check(urls: Iterable[str], settings: Settings, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
     """Connect to each host, as the server with `environ` would, without a request. Says what fails, later, and holds nothing up."""
     for url in dict.fromkeys(map(address, urls)):
-        direct = proxy_bypass_environment(urlsplit(url).hostname or "", {"no": environ.get("NO_PROXY", "")})
+        parts = urlsplit(url)
+        direct = parts.scheme != "https" or proxy_bypass_environment(parts.hostname or "", {"no": environ.get("NO_PROXY", "")})
         threading.Thread(target=check_one, args=(url, "" if direct else settings.proxy, environ, say), daemon=True).start()
 
 

@@ -51,6 +51,16 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"} | python | settings
 
 
+def make_environ(home: Path, **settings: str) -> dict[str, str]:
+    """The same for `make server`, with a uv that does nothing: the real one would look for packages, and may not be there."""
+    stub = home / "tools" / "uv"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text("#!/bin/sh\n")
+    stub.chmod(0o755)
+    environ = clean_environ(home, UV_PROJECT_ENVIRONMENT=sys.prefix, **settings)
+    return environ | {"PATH": f"{stub.parent}{os.pathsep}{environ['PATH']}"}
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on, on any address, nor on the next, where the egress proxy listens unless told.
 

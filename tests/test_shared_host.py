@@ -1,0 +1,71 @@
+"""Several gateways on one machine: side by side, and with ports that collide."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat
+from support.gateway import HAPROXY, PROJECT, START, Gateway, free_port, listening
+from support.network import NameServer
+from support.vendors import Vendors
+
+pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
+
+
+@pytest.fixture(scope="module")
+def settings(vendors: Vendors) -> Iterator[dict[str, str]]:
+    """What opens both doors, and leads them to the stand-ins."""
+    with NameServer() as names:
+        yield {
+            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
+            "EGRESS_CA": str(vendors.ca_file),
+            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
+        }
+
+
+@pytest.fixture(scope="module")
+def first(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway that is up."""
+    with Gateway(tmp_path_factory.mktemp("home"), START, **settings) as gateway:
+        yield gateway
+
+
+def serves(gateway: Gateway) -> bool:
+    """Whether a call is answered, by the vendor and by the page."""
+    with caller(gateway.url) as client:
+        return client.post(CHAT, headers=ALL_KEYS, json=chat(MODELS[0])).is_success and client.get("/").is_success
+
+
+def test_two_side_by_side_share_a_folder_and_nothing_else(first: Gateway, settings: dict[str, str]) -> None:
+    """As two of one user's do: the one that stops takes nothing from the other."""
+    with Gateway(first.home, START, **settings) as second:
+        assert serves(second)
+        assert serves(first)
+        for gateway in (first, second):
+            assert listening(gateway.port) == ["127.0.0.1"]
+            assert listening(gateway.port + 1) == ["127.0.0.1"]
+    assert not listening(second.port)
+    assert serves(first)
+
+
+def refused(tmp_path: Path, **more: str) -> str:
+    """What a start that cannot succeed says."""
+    gateway = Gateway(tmp_path, START, PROJECT, **more)
+    gateway.launch()
+    try:
+        assert gateway.process.wait(60) == 2, gateway.log
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            gateway.stop(0)
+    return gateway.log
+
+
+def test_the_next_port_is_another_gateways_egress_door(first: Gateway, settings: dict[str, str], tmp_path: Path) -> None:
+    said = refused(tmp_path, LLAMA_STACK_PORT=str(first.port + 1), **settings)
+    assert said == f"Port {first.port + 1} is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT.\n"
+
+
+def test_an_egress_door_does_not_take_another_gateways_port(first: Gateway, settings: dict[str, str], tmp_path: Path) -> None:
+    said = refused(tmp_path, LLAMA_STACK_PORT=str(free_port()), EGRESS_PORT=str(first.port), **settings)
+    assert said == f"Port {first.port}, where the egress door is to listen, is in use. Choose another with EGRESS_PORT.\n"
