@@ -3,14 +3,17 @@
 import contextlib
 import json
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from dnslib import RCODE, DNSError, DNSRecord
+from dnslib.server import DNSHandler
 from support.calls import caller, chat, message
 from support.fronts import NEEDS_HAPROXY, up
-from support.gateway import eventually
+from support.gateway import eventually, wait_for
 from support.haproxy import SIDECAR, HAProxy
 from support.network import NameServer, Wire
 from support.vendors import KEYS, VENDORS, Vendors
@@ -175,6 +178,61 @@ def test_a_vendor_that_no_name_server_knows_is_a_reason_too(tmp_path: Path) -> N
     with NameServer(None) as nobody, HAProxy(tmp_path, SIDECAR, **settings(nobody, 9)) as door, caller(door.egress) as server:
         assert ask(server).status_code == 503
         assert eventually(lambda: door.lines(end="SC", why="no name server knows an address of the vendor"))
+
+
+class Failing(NameServer):
+    """A name server that fails for some names, in a way of its own for each: `failures` has the code, or None for silence.
+
+    `asked` counts the questions for each name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: dict[str, int | None] = {}
+        self.asked: Counter[str] = Counter()
+
+    def resolve(self, request: DNSRecord, handler: DNSHandler) -> DNSRecord:
+        name = str(request.q.qname).rstrip(".")
+        self.asked[name] += 1
+        reply = super().resolve(request, handler)
+        if name not in self.failures:
+            return reply
+        if self.failures[name] is None:
+            raise DNSError("No answer.")
+        failed = request.reply()
+        failed.header.rcode = self.failures[name]
+        return failed
+
+
+# How name servers fail, and how many questions it takes to be sure that HAProxy has noticed.
+FAILURES = {
+    "no such name": (RCODE.NXDOMAIN, 7),
+    "refused": (RCODE.REFUSED, 7),
+    "failed": (RCODE.SERVFAIL, 7),
+    "silence": (None, 4),
+}
+
+
+def test_while_name_servers_fail_the_last_address_serves_on(vendors: Vendors, tmp_path: Path) -> None:
+    """For a day. They are asked anew every 5 s. Two doors, because there are more ways to fail than vendors."""
+    with contextlib.ExitStack() as stack:
+        doors = []
+        for number in range(2):
+            names = stack.enter_context(Failing())
+            environ = settings(names, vendors.tls_port) | {"EGRESS_CA": str(vendors.ca_file)}
+            doors.append((names, stack.enter_context(HAProxy(tmp_path / str(number), SIDECAR, **environ))))
+        places = [(*door, host) for door in doors for host in VENDORS]
+        cases = [(*place, how) for place, how in zip(places, FAILURES, strict=False)]
+        for _, door in doors:
+            assert eventually(lambda d=door: all(up(d, f"vendor-{name},address1,") for name in KEYS)), door.admin("show stat")
+        for names, _, host, how in cases:
+            names.failures[host] = FAILURES[how][0]
+            names.asked.clear()
+        for names, door, host, how in cases:
+            wait_for(lambda n=names, h=host, e=FAILURES[how][1]: n.asked[h] >= e, seen=lambda n=names: n.asked)
+            name = VENDORS[host].name
+            answer = httpx.post(f"{door.egress}/{name}/v1/models", trust_env=False, timeout=60)
+            assert "No connection" not in answer.text, (how, door.admin("show stat"))
 
 
 @pytest.mark.parametrize("wrong", ["name", "authority", "not one of the system's"])

@@ -12,6 +12,7 @@ The exit code is 0 only if every change was noticed, or survived as its list say
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +73,13 @@ def environ() -> dict[str, str]:
 
 
 class Runner:
-    """A process that runs pytest in copies of the project, one at a time. A context manager."""
+    """A process that runs pytest in copies of the project, one at a time. A context manager.
+
+    `output` is a file for what pytest prints.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-I", str(FOLDER / "forked.py")]
@@ -90,24 +97,39 @@ class Runner:
 
         After `seconds` it is interrupted, which lets it stop the gateways that it has started.
         """
-        output = folder.with_name("output")
-        job = {"folder": str(folder), "arguments": [*PYTEST, *arguments], "output": str(output)}
+        job = {"folder": str(folder), "arguments": [*PYTEST, *arguments], "output": str(self.output)}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         pid = int(self.process.stdout.readline())
         timer = threading.Timer(seconds, os.kill, (pid, signal.SIGINT))
         timer.start()
         code = int(self.process.stdout.readline())
         timer.cancel()
-        return code, output.read_text()
+        return code, self.output.read_text(errors="replace")
 
 
-def unchanged(folder: Path, tests: list[str], jobs: int) -> set[str]:
-    """Run the tests where nothing is changed. Returns the names of those that fail. Raises RuntimeError where they do not run."""
-    command = [sys.executable, "-m", "pytest", *PYTEST, "-n", str(jobs), "--dist", "loadfile", *tests]
-    done = subprocess.run(command, cwd=folder, env=environ(), capture_output=True, text=True, check=False)
-    if done.returncode not in (PASSED, FAILED):
-        raise RuntimeError(done.stdout[-4000:] + done.stderr[-1000:])
-    return {name_of(test) for test in re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)}
+class Runners:
+    """Some of them, for as many threads. `with runners.one() as runner` waits for none, because there are no more threads."""
+
+    def __init__(self, runners: list[Runner]) -> None:
+        self.idle = runners
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Runner]:
+        """One that is idle."""
+        runner = self.idle.pop()
+        try:
+            yield runner
+        finally:
+            self.idle.append(runner)
+
+
+def broken_in(original: Path, tests: Iterable[str], runners: Runners) -> set[str]:
+    """Those of the tests, all of one file, that fail where nothing is changed. Raises RuntimeError where they do not run."""
+    with runners.one() as runner:
+        code, said = runner.run(original, *tests, seconds=3600)
+    if code not in (PASSED, FAILED):
+        raise RuntimeError(said[-4000:])
+    return {name_of(test) for test in re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)}
 
 
 def name_of(test: str) -> str:
@@ -147,22 +169,21 @@ def try_all(tried: list[Mutant], jobs: int) -> Iterator[Verdict]:
     """Try the changes, `jobs` at a time. What came of each is there as soon as it and those before it are known."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         original = snapshot(Path(folder, "original"))
+        outputs = [Path(folder, f"output-{number}") for number in range(jobs)]
+        runners = Runners([stack.enter_context(Runner(output)) for output in outputs])
         tests = sorted({test for mutant in tried for test in mutant.tests})
-        if tests:
-            print(f"Running {len(tests)} tests with nothing changed ...", flush=True)
-        broken = unchanged(original, tests, jobs) if tests else set()
-        runners = [stack.enter_context(Runner()) for _ in range(jobs)]
+        print(f"Running {len(tests)} tests with nothing changed ...", flush=True)
+        files = [list(group) for _, group in itertools.groupby(tests, lambda test: test.partition("::")[0])]
+        with ThreadPoolExecutor(jobs) as pool:
+            broken = set().union(*pool.map(lambda each: broken_in(original, each, runners), files))
 
         def attempt(mutant: Mutant) -> Verdict:
             start = time.monotonic()
             if spoilt := broken.intersection(map(name_of, mutant.tests)):
                 word, more = "error", f"Without any change this fails, and cannot show that it notices one: {' '.join(spoilt)}"
             else:
-                runner = runners.pop()
-                try:
+                with runners.one() as runner:
                     word, more = verdict(mutant, original, runner)
-                finally:
-                    runners.append(runner)
             return Verdict(mutant, word, more, time.monotonic() - start)
 
         with ThreadPoolExecutor(jobs) as pool:
