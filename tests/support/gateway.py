@@ -269,7 +269,7 @@ def refused(home: Path, cwd: Path = PROJECT, shell: str = "", **settings: str) -
     """What a start says that refuses to be one, in sentences. `shell` goes before it on a shell's line."""
     environ = clean_environ(home, **{"LLAMA_STACK_PORT": str(free_port())} | settings)
     command = ["sh", "-c", f'{shell} exec "$@"', "sh", *START]
-    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, ""), f"{done.returncode}: {done.stdout} {done.stderr}"
     return done.stderr
 
