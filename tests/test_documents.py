@@ -517,7 +517,7 @@ def test_a_key_goes_where_the_table_says() -> None:
 
 
 # Read by HAProxy's configuration, and not for anybody to set: its own words, and what the start alone tells it.
-INTERNAL = {"START", "KEY_LIST", "BARE_KEY", "DEAD_CONNECTIONS"}
+INTERNAL = {"START", "START_WORKERS", "KEY_LIST", "BARE_KEY", "DEAD_CONNECTIONS"}
 
 
 class Setting(NamedTuple):

@@ -212,9 +212,9 @@ def test_a_page_of_another_origin_may_not(team: httpx.Client, token: dict[str, s
 
 
 @pytest.mark.parametrize("origin", [PAGE, "http://localhost:3000", "null"])
-def test_no_page_may_call_unless_its_origin_is_set(client: httpx.Client, origin: str) -> None:
-    preflight = client.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": origin})
-    answer = client.get("/v1/models", headers={"Origin": origin})
+def test_no_page_may_call_unless_its_origin_is_set(server: httpx.Client, origin: str) -> None:
+    preflight = server.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": origin})
+    answer = server.get("/v1/models", headers={"Origin": origin})
     assert preflight.is_client_error
     assert not [name for name in [*preflight.headers, *answer.headers] if name.startswith("access-control-allow-origin")]
 

@@ -121,6 +121,7 @@ def test_haproxy_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:
     inherited = {"FRONT_BIND", "EGRESS_BIND", "HAPROXY_SOCKET", "GATEWAY_A"}
     assert {name: value for name, value in had.items() if name not in {*inherited, "PWD", "OLDPWD", "_", "SHLVL"}} == {
         "START": "1",
+        "START_WORKERS": "1",
         "PATH": os.defpath,
         "LLAMA_STACK_HOSTS": "a.example b.example",
         "LLAMA_STACK_CORS_ORIGIN": "https://a.example",

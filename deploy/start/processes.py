@@ -136,7 +136,10 @@ def output_of(name: str) -> tuple[socket.socket, socket.socket]:
 def read(connection: socket.socket, take: Callable[[str], None]) -> None:
     """Hand over what a process says until it ends, so that it never waits for a reader: its writes, or else its lines."""
     with connection, connection.makefile("rb") as lines:
-        whole = connection.type == socket.SOCK_SEQPACKET
-        while said := connection.recv(LONGEST) if whole else lines.readline(LONGEST):
-            with contextlib.suppress(Exception):  # Whatever is wrong with a line, who writes the next must not wait.
-                take(said.decode(errors="replace").rstrip("\n"))
+        if connection.type == socket.SOCK_SEQPACKET:
+            room = bytearray(LONGEST)  # Once, and not for each line.
+            said = iter(lambda: bytes(room[: connection.recv_into(room)]), b"")
+        else:
+            said = iter(lambda: lines.readline(LONGEST), b"")
+        for each in said:
+            take(each.decode(errors="replace").rstrip("\n"))

@@ -45,7 +45,9 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     The machine's own proxies, certificates and keys are left out, because they would decide a test's outcome. `uv run`
     names itself in UV: it may be the one that make installed into the project. UV_PYTHON is make's choice of a Python.
     """
-    folders = [str(Path(program).parent) for program in (sys.executable, os.environ.get("UV")) if program]
+    own_uv = PROJECT / ".uv" / "bin" / "uv"  # Where pytest was started without `uv run`.
+    uv = os.environ.get("UV") or (own_uv if own_uv.exists() else None)
+    folders = [str(Path(program).parent) for program in (sys.executable, uv) if program]
     path = os.pathsep.join([*folders, os.environ["PATH"]])
     python = {"UV_PYTHON": os.environ["UV_PYTHON"]} if "UV_PYTHON" in os.environ else {}
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"} | python | settings
