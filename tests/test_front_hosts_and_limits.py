@@ -256,6 +256,7 @@ def test_one_address_cannot_take_all_places(plain: Front) -> None:
                 source = (f"127.0.0.{2 + i % 20}", 0)
                 connection = socket.create_connection(("127.0.0.1", plain.haproxy.port), 60, source)
                 connections.append(stack.enter_context(connection))
+                connection.sendall(b"GET /")  # Whoever is let in is told in the end that this is no request.
         assert len(connections) < 600 or eventually(lambda: sum(map(turned_away, connections)) >= 90, 20)
         assert httpx.get(f"{plain.haproxy.egress}/x", trust_env=False).status_code == 404
     assert eventually(lambda: plain_answers(plain))

@@ -129,6 +129,8 @@ def broken_in(original: Path, tests: Iterable[str], runners: Runners) -> set[str
         code, said = runner.run(original, *tests, seconds=3600)
     if code not in (PASSED, FAILED):
         raise RuntimeError(said[-4000:])
+    if code == FAILED:
+        print(said[-4000:], flush=True)
     return {name_of(test) for test in re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)}
 
 
