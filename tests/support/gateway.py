@@ -64,7 +64,7 @@ def make_environ(home: Path, **settings: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, on any address, nor on the next, where the egress proxy listens unless told.
+    """A TCP port that nobody listens on, on any address, nor on the next, where the egress door listens unless told.
 
     It is below those that the kernel gives to connections and to servers that leave the choice to it. Both stay bound as long as
     this process lives: a server that asks with SO_REUSEADDR gets them all the same, and who looks here for a free one does not.
