@@ -665,3 +665,17 @@ def test_each_says_first_whom_it_is_for() -> None:
 
 def test_nothing_is_left_to_do() -> None:
     assert [line for text in DOCUMENTS.values() for line in text.splitlines() if "TODO" in line] == []
+
+
+def test_the_port_is_the_same_everywhere() -> None:
+    """run.yaml has it. What else names it cannot read it there."""
+    port = re.search(r"env\.LLAMA_STACK_PORT:=(\d+)", (PROJECT / "run.yaml").read_text())[1]
+    named = re.compile(
+        r"(?:127\.0\.0\.1|localhost|host\.docker\.internal):|PORT[\"')]*\)? or |PORT:-|EXPOSE |LLAMA_STACK_PORT=|containerPort: "
+    )
+    for name in (USER, PROGRAMS, DIFFERENCES, "main.py", "Makefile", "deploy/Containerfile", "deploy/kubernetes/deployment.yaml"):
+        text = (PROJECT / name).read_text()
+        others = {found for found in re.findall(rf"(?:{named.pattern})(\d+)", text) if found != port}
+        assert not others, (
+            f"run.yaml has port {port} by default, and {name} says {', '.join(sorted(others))}: change it there too"
+        )
