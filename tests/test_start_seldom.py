@@ -118,6 +118,15 @@ def test_when_haproxy_is_killed_the_exit_code_tells(tmp_path: Path) -> None:
         assert "The HAProxy has ended, and the gateway with it." in gateway.log
 
 
+@needs_haproxy
+def test_a_server_that_is_killed_before_it_is_up_is_no_wrong_setting(tmp_path: Path) -> None:
+    """By the kernel, say, when memory is short: systemd tries again after 1, and not after 2."""
+    with just_begun(tmp_path) as gateway:
+        os.kill(gateway.server, signal.SIGKILL)
+        assert gateway.process.wait(20) == 1
+        assert "The server did not start." in gateway.log
+
+
 def test_a_gateway_whose_log_nobody_reads_ends(tmp_path: Path) -> None:
     """Its pipe is full from the beginning."""
     reading, writing = os.pipe()
