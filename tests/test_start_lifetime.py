@@ -56,14 +56,15 @@ class Running:
         self.all: list[psutil.Process] = []
 
     def find(self) -> bool:
-        """Look for the processes. Whether those that a start makes are there."""
-        self.all = family(self.gateway.process.pid)
-        for each in self.all:
+        """Look for the processes, the oldest first: one that is being made still has its maker's name. Whether all are there."""
+        self.all, self.named = family(self.gateway.process.pid), {}
+        for each in sorted(self.all, key=lambda process: (process.create_time(), process.pid)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 line = ["", *each.cmdline(), ""]
                 names = {"deploy/start": "start", "run.yaml": "server", "-db": "HAProxy"}
                 found = {names.get(word) for word in line} - {None} or ({"watchdog"} if "kill -KILL 0" in line[-2] else set())
-                self.named |= dict.fromkeys(found, each)
+                for name in found:
+                    self.named.setdefault(name, each)
         return self.named.keys() >= {"start", "server", "watchdog"} | ({"HAProxy"} if HAPROXY else set())
 
     def assert_gone(self) -> None:
