@@ -132,12 +132,17 @@ class Gateway:
             raise
         return self
 
-    def environ_at_start(self) -> dict[str, str]:
-        """The environment that the server is given, from a start that ends as soon as that is known. Its log is whole then."""
+    def environ_at_start(self, also: Callable[[], Any] = lambda: True) -> dict[str, str]:
+        """The environment that the server is given, from a start that ends as soon as that is known, and `also` holds.
+
+        Its log is whole then.
+        """
         self.launch()
         try:
             wait_for(self.servers, seen=lambda: self.log)
-            return self.environ
+            environ = self.environ
+            wait_for(also, seen=lambda: self.log)
+            return environ
         finally:
             self.stop()
 
@@ -257,7 +262,12 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60, seen: Callable[[
     start = time.monotonic()
     if not eventually(condition, seconds):
         end = f" What is seen: {str(seen())[-3000:]}" if seen else ""
-        raise AssertionError(f"In {seconds} s it did not come to this: {inspect.getsource(condition).strip()}{end}")
+        what = (
+            inspect.getsource(condition).strip()
+            if inspect.isroutine(condition) and not inspect.isbuiltin(condition)
+            else condition
+        )
+        raise AssertionError(f"In {seconds} s it did not come to this: {what}{end}")
     return time.monotonic() - start
 
 
