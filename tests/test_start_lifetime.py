@@ -6,7 +6,6 @@ What needs no call is asked of a start that has just begun. `make faults` runs t
 import contextlib
 import errno
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -170,14 +169,19 @@ def test_when_the_watchdog_is_killed_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_killed_at_any_moment_leaves_nothing(tmp_path: Path) -> None:
-    moments = random.Random(1)
-    for number in range(8):
+    """With one process more each time: the watchdog and its `cat`, HAProxy, the server."""
+    for count in range(1, 6 if HAPROXY else 5):
         gateway = Gateway(tmp_path, **BOTH_DOORS)
         gateway.launch()
-        time.sleep(moments.uniform(0.02, 0.5))
-        gateway.process.kill()
-        gateway.process.wait()
-        wait_for(lambda: not family(gateway.process.pid), 20, seen=lambda: f"{number}: {family(gateway.process.pid)}")  # noqa: B023
+        wait_for(lambda g=gateway, c=count: len(family(g.process.pid)) >= c, seen=lambda g=gateway: g.log)
+        left = family(gateway.process.pid)
+        try:
+            gateway.process.kill()
+            gateway.process.wait()
+            _, alive = psutil.wait_procs(left, 20)
+            assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE], f"of {count} processes"
+        finally:
+            gateway.stop(0)
 
 
 def test_ctrl_c_into_a_pipe_leaves_nothing(tmp_path: Path) -> None:
