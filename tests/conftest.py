@@ -10,10 +10,10 @@ import httpx
 import pytest
 from openai import OpenAI
 from support.both_ends import BothEnds
-from support.calls import ALL_KEYS, caller
+from support.calls import ALL_KEYS, MODELS, caller, vendor_of
 from support.figures import Figure, write
 from support.gateway import ALONE, Gateway, copy_project
-from support.vendors import Vendors
+from support.vendors import KEYS, Vendors
 
 if TYPE_CHECKING:
     from support.services import Services
@@ -34,6 +34,11 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+    if strangers := {vendor_of(model) for model in MODELS} - KEYS.keys():
+        raise pytest.UsageError(
+            f"run.yaml has models of {', '.join(sorted(strangers))}, for which there is no stand-in: write one as the others in "
+            "tests/support/vendors/ are, and name it in VENDORS of tests/support/vendors/__init__.py."
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from support.callers import GOOD, Others, open_stream
 from support.calls import ALL_KEYS, CHAT, caller, chat
 from support.figures import Figure
-from support.gateway import Gateway, eventually, wait_for
+from support.gateway import HAPROXY, Gateway, eventually, wait_for
 from support.vendors import Vendors
 
 # Words for minutes, of which one comes every 0.3 s.
@@ -114,3 +114,14 @@ def test_errors_close_the_connection_unannounced(gateway: Gateway, figures: list
             except httpx.TransportError:
                 lost += 1
     figures.append(Figure("1,000 calls, each on a connection that an error came over, without retries", f"{lost} lost"))
+
+
+@pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+@pytest.mark.parametrize("size", [10, 60_000], ids=["a small call", "a large one"])
+def test_a_kept_connection_loses_no_call_after_an_error(gateway: Gateway, size: int) -> None:
+    """The server closes its side some ms after an error, without a word. The front sees to it that no caller notices."""
+    answers = []
+    with httpx.Client(base_url=gateway.url, trust_env=False, timeout=60) as client:
+        for model in ["openai/status-401", "openai/gpt-4o"] * 40:
+            answers.append(client.post(CHAT, headers=ALL_KEYS, json=chat(model, "x" * size)).status_code)
+    assert answers == [401, 200] * 40

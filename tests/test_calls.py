@@ -31,7 +31,7 @@ def test_lists_exactly_the_five_models_with_their_display_names(client: httpx.Cl
         "openai-mini/gpt-4.1-nano": "GPT-4.1 Nano",
         "gemini/gemini-2.5-flash-lite": "Gemini 2.5 Flash Lite",
         "anthropic/claude-haiku-4-5-20251001": "Claude Haiku 4.5",
-    }
+    }, "the gateway lists other models than here: if run.yaml is meant, change this list"
 
 
 def test_every_registered_model_is_named_as_callers_name_it() -> None:

@@ -387,8 +387,9 @@ def test_a_front_beside_the_image(copy: Path, bare: Gateway, certificate: ssl.SS
 
 
 def assert_serves(command: str, folder: Path, url: str, trust: ssl.SSLContext) -> None:
-    """A front that a command starts answers a call, some time after."""
-    with subprocess.Popen(["sh", "-c", command], cwd=folder, env=clean_environ(folder), start_new_session=True) as haproxy:
+    """A front that a command starts answers a call, some time after, and knows the vendors, though it finds none here."""
+    environ = clean_environ(folder, EGRESS_NAMESERVER="127.0.0.1:9")
+    with subprocess.Popen(["sh", "-c", command], cwd=folder, env=environ, start_new_session=True) as haproxy:
         try:
             with caller(url, verify=trust) as client:
                 said: list[str] = []
@@ -401,6 +402,8 @@ def assert_serves(command: str, folder: Path, url: str, trust: ssl.SSLContext) -
                     return "stand-in for OpenAI" in said[-1]
 
                 assert eventually(served, 60), said[-1]
+                key = {"Authorization": f"Bearer {KEYS['openai']}"}
+                assert "No connection to the vendor" in client.post("/openai/v1/responses", headers=key, json={}).text
         finally:
             os.killpg(haproxy.pid, signal.SIGKILL)
 
@@ -514,7 +517,7 @@ def test_a_key_goes_where_the_table_says() -> None:
 
 
 # Read by HAProxy's configuration, and not for anybody to set: its own words, and what the start alone tells it.
-INTERNAL = {"START", "KEY_LIST", "BARE_KEY", "DEAD_CONNECTIONS"}
+INTERNAL = {"START", "START_WORKERS", "KEY_LIST", "BARE_KEY", "DEAD_CONNECTIONS"}
 
 
 class Setting(NamedTuple):
@@ -662,3 +665,17 @@ def test_each_says_first_whom_it_is_for() -> None:
 
 def test_nothing_is_left_to_do() -> None:
     assert [line for text in DOCUMENTS.values() for line in text.splitlines() if "TODO" in line] == []
+
+
+def test_the_port_is_the_same_everywhere() -> None:
+    """run.yaml has it. What else names it cannot read it there."""
+    port = re.search(r"env\.LLAMA_STACK_PORT:=(\d+)", (PROJECT / "run.yaml").read_text())[1]
+    named = re.compile(
+        r"(?:127\.0\.0\.1|localhost|host\.docker\.internal):|PORT[\"')]*\)? or |PORT:-|EXPOSE |LLAMA_STACK_PORT=|containerPort: "
+    )
+    for name in (USER, PROGRAMS, DIFFERENCES, "main.py", "Makefile", "deploy/Containerfile", "deploy/kubernetes/deployment.yaml"):
+        text = (PROJECT / name).read_text()
+        others = {found for found in re.findall(rf"(?:{named.pattern})(\d+)", text) if found != port}
+        assert not others, (
+            f"run.yaml has port {port} by default, and {name} says {', '.join(sorted(others))}: change it there too"
+        )

@@ -3,14 +3,17 @@
 import contextlib
 import json
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from dnslib import RCODE, DNSError, DNSRecord
+from dnslib.server import DNSHandler
 from support.calls import caller, chat, message
 from support.fronts import NEEDS_HAPROXY, up
-from support.gateway import eventually
+from support.gateway import eventually, wait_for
 from support.haproxy import SIDECAR, HAProxy
 from support.network import NameServer, Wire
 from support.vendors import KEYS, VENDORS, Vendors
@@ -129,15 +132,24 @@ def test_a_caller_that_hangs_up_before_the_vendor_answers_ends_its_work_too(
     assert eventually(lambda: door.lines(why="the caller hung up before the vendor answered"))
 
 
-def test_a_call_that_the_vendor_may_have_seen_is_not_sent_again(server: httpx.Client, vendors: Vendors, wire: Wire) -> None:
+def test_a_call_that_the_vendor_may_have_seen_is_not_sent_again(
+    server: httpx.Client, door: HAProxy, vendors: Vendors, wire: Wire
+) -> None:
     """HAProxy 2.6 answers 502, HAProxy 3 closes the connection without an answer. Either is an error to the server's SDK."""
     assert ask(server).is_success
     wire.fault = "no answer"
-    with contextlib.suppress(httpx.RemoteProtocolError):
-        response = ask(server, prompt="seen but not answered")
-        assert response.status_code == 502
-        assert "closed the connection before it answered" in message(response)
-        assert "x-should-retry" not in response.headers
+    body = json.dumps(chat("gpt-4o", "seen but not answered")).encode()
+    head = (
+        f"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['openai']}\r\nConnection: close\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", door.egress_port), timeout=60) as connection:
+        # In one write: of a call that comes in two, HAProxy cannot send the first again.
+        connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    if answer:
+        assert answer.startswith(b"HTTP/1.1 502")
+        assert b"closed the connection before it answered" in answer
+        assert b"x-should-retry" not in answer.lower()
     # HAProxy answers once it has given up, so that nothing is sent from here on.
     assert len(vendors.seen_with("seen but not answered")) == 1
 
@@ -175,6 +187,61 @@ def test_a_vendor_that_no_name_server_knows_is_a_reason_too(tmp_path: Path) -> N
     with NameServer(None) as nobody, HAProxy(tmp_path, SIDECAR, **settings(nobody, 9)) as door, caller(door.egress) as server:
         assert ask(server).status_code == 503
         assert eventually(lambda: door.lines(end="SC", why="no name server knows an address of the vendor"))
+
+
+class Failing(NameServer):
+    """A name server that fails for some names, in a way of its own for each: `failures` has the code, or None for silence.
+
+    `asked` counts the questions for each name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: dict[str, int | None] = {}
+        self.asked: Counter[str] = Counter()
+
+    def resolve(self, request: DNSRecord, handler: DNSHandler) -> DNSRecord:
+        name = str(request.q.qname).rstrip(".")
+        self.asked[name] += 1
+        reply = super().resolve(request, handler)
+        if name not in self.failures:
+            return reply
+        if self.failures[name] is None:
+            raise DNSError("No answer.")
+        failed = request.reply()
+        failed.header.rcode = self.failures[name]
+        return failed
+
+
+# How name servers fail, and how many questions it takes to be sure that HAProxy has noticed.
+FAILURES = {
+    "no such name": (RCODE.NXDOMAIN, 7),
+    "refused": (RCODE.REFUSED, 7),
+    "failed": (RCODE.SERVFAIL, 7),
+    "silence": (None, 4),
+}
+
+
+def test_while_name_servers_fail_the_last_address_serves_on(vendors: Vendors, tmp_path: Path) -> None:
+    """For a day. They are asked anew every 5 s. Two doors, because there are more ways to fail than vendors."""
+    with contextlib.ExitStack() as stack:
+        doors = []
+        for number in range(2):
+            names = stack.enter_context(Failing())
+            environ = settings(names, vendors.tls_port) | {"EGRESS_CA": str(vendors.ca_file)}
+            doors.append((names, stack.enter_context(HAProxy(tmp_path / str(number), SIDECAR, **environ))))
+        places = [(*door, host) for door in doors for host in VENDORS]
+        cases = [(*place, how) for place, how in zip(places, FAILURES, strict=False)]
+        for _, door in doors:
+            assert eventually(lambda d=door: all(up(d, f"vendor-{name},address1,") for name in KEYS)), door.admin("show stat")
+        for names, _, host, how in cases:
+            names.failures[host] = FAILURES[how][0]
+            names.asked.clear()
+        for names, door, host, how in cases:
+            wait_for(lambda n=names, h=host, e=FAILURES[how][1]: n.asked[h] >= e, seen=lambda n=names: n.asked)
+            name = VENDORS[host].name
+            answer = httpx.post(f"{door.egress}/{name}/v1/models", trust_env=False, timeout=60)
+            assert "No connection" not in answer.text, (how, door.admin("show stat"))
 
 
 @pytest.mark.parametrize("wrong", ["name", "authority", "not one of the system's"])

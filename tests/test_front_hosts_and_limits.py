@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import ssl
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +203,15 @@ SLOW = {
 }
 
 
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the connection is closed."""
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while data := connection.recv(1000):
+            answer += data
+    return answer
+
+
 def test_who_connects_and_does_not_ask_is_sent_away(plain: Front) -> None:
     """At the egress door too."""
     before = plain.seen()
@@ -210,9 +221,9 @@ def test_who_connects_and_does_not_ask_is_sent_away(plain: Front) -> None:
         connections["half at the egress door"] = stack.enter_context(egress)
         for name, connection in connections.items():
             connection.sendall(SLOW.get(name, b"POST /openai/v1 HTTP/1.1\r\nHost:"))
-        for connection in connections.values():
-            while (data := connection.recv(1000)) and b" 408 " not in data:
-                pass
+        said = {name: received(connection) for name, connection in connections.items()}
+    assert said.pop("nothing") == b"", "a browser shows what comes on a connection that it has opened beforehand"
+    assert [name for name, answer in said.items() if b" 408 " not in answer] == []
     assert plain.seen() == before
 
 
@@ -245,6 +256,7 @@ def test_one_address_cannot_take_all_places(plain: Front) -> None:
                 source = (f"127.0.0.{2 + i % 20}", 0)
                 connection = socket.create_connection(("127.0.0.1", plain.haproxy.port), 60, source)
                 connections.append(stack.enter_context(connection))
+                connection.sendall(b"GET /")  # Whoever is let in is told in the end that this is no request.
         assert len(connections) < 600 or eventually(lambda: sum(map(turned_away, connections)) >= 90, 20)
         assert httpx.get(f"{plain.haproxy.egress}/x", trust_env=False).status_code == 404
     assert eventually(lambda: plain_answers(plain))
@@ -299,6 +311,17 @@ def test_a_refused_connection_carried_nothing_and_another_gateway_is_asked(tmp_p
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         with front(tmp_path, GATEWAY_B=address) as several:
             assert all(several.call(headers=LIST).is_success for _ in range(8))
+
+
+def test_the_next_call_goes_to_the_gateway_that_has_fewer_open(tmp_path: Path) -> None:
+    with Recorder("stall") as busy, front(tmp_path, GATEWAY_B=busy.address) as several, contextlib.ExitStack() as stack:
+        several.haproxy.wait_until_up("a", "b")
+        while not busy.alive:  # One of two goes there.
+            connection = stack.enter_context(several.haproxy.connect())
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert eventually(lambda c=connection: busy.alive or select.select([c], [], [], 0)[0]), several.haproxy.log
+        for _ in range(6):
+            assert several.call(headers=LIST, timeout=10).is_success
 
 
 def test_a_call_that_no_gateway_takes_is_a_sentence(tmp_path: Path) -> None:
@@ -570,6 +593,10 @@ def test_sockets_can_be_inherited(tmp_path: Path) -> None:
         for url in urls[:2]:
             assert httpx.get(f"{url}/v1/models", trust_env=False).is_success
         assert httpx.get(f"{urls[2]}/x", trust_env=False).status_code == 404
+
+
+def test_the_admin_socket_is_its_users_alone(plain: Front) -> None:
+    assert stat.S_IMODE(plain.haproxy.socket.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

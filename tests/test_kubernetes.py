@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,7 +111,7 @@ def manifests(request: pytest.FixtureRequest) -> Manifests:
 
 def test_they_are_valid(manifests: Manifests, tmp_path: Path) -> None:
     (tmp_path / "all.yaml").write_text(manifests.text)
-    run("kubernetes-validate", "--strict", str(tmp_path / "all.yaml"))
+    run(str(Path(sys.executable).with_name("kubernetes-validate")), "--strict", str(tmp_path / "all.yaml"))
 
 
 def test_a_pod_can_change_nothing_and_become_nothing(whole: Manifests) -> None:

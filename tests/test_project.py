@@ -41,6 +41,15 @@ def test_runtime_packages_are_the_three() -> None:
     assert names == ["llama-stack", "httpx", "python-dotenv"]
 
 
+def test_the_lock_is_of_this_pyproject(tmp_path: Path) -> None:
+    """uv would lock anew without a word where an index can be reached, with whatever versions there are that day."""
+    check = ["uv", "lock", "--check", "--offline"]
+    done = subprocess.run(
+        check, cwd=PROJECT, env=clean_environ(tmp_path), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")
 def test_python_lives_in_main_the_start_and_tests_alone() -> None:
     ours = ("main.py", "deploy/start/", "tests/")

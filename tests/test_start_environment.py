@@ -10,11 +10,10 @@ import yaml
 from support.bare_servers import Accepts
 from support.calls import ALL_KEYS, CHAT, MODELS, RUN_YAML, caller, chat, responses
 from support.gateway import ALONE, HAPROXY, Gateway
-from support.vendors import Vendors
+from support.vendors import VENDORS, Vendors
 
 HASHED_CAS = [Path("/etc/ssl/certs"), Path("/etc/pki/ca-trust/extracted/pem/directory-hash")]
 CLOSED_DOOR = "http://127.0.0.1:9"
-VENDORS = {"https://api.openai.com", "https://generativelanguage.googleapis.com", "https://api.anthropic.com"}
 
 # What the server, or what it is made of, would send to vendors or tell others by itself.
 NOT_THE_SERVERS = [
@@ -74,7 +73,7 @@ def test_the_vendors_and_whom_the_operator_names_are_reached_and_nobody_else(tmp
         "localhost:4318",
     }  # Its exporter knows no scheme there, and an address without a port only.
     assert found.pop("ALL_PROXY") == CLOSED_DOOR
-    assert set(found.pop("NO_PROXY").split(",")) == VENDORS | named | collector
+    assert set(found.pop("NO_PROXY").split(",")) == {f"https://{host}" for host in VENDORS} | named | collector
     assert not found
 
 

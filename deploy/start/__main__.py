@@ -82,7 +82,7 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output,
 
     Kills first and speaks then: whoever reads what is said may be gone.
     """
-    is_up, stopping, code, last_words = False, False, 0, "The gateway has stopped."
+    is_up, is_failing, stopping, code, last_words = False, False, False, 0, "The gateway has stopped."
     while True:
         event = gateway.events.get()
         match event:
@@ -93,6 +93,7 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output,
                     output.say(sentence)
             case "failing":
                 # It would neither serve nor end. A second is enough for what it has to say.
+                is_failing = True
                 threading.Timer(1, gateway.signal, ("server", signal.SIGKILL)).start()
             case Signal(signal.SIGINT) if stopping:
                 code = 130
@@ -109,7 +110,9 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output,
                 if exit_code != -signal.SIGTERM or not stopping:
                     code = exit_code if exit_code >= 0 else 128 - exit_code
                 if not stopping:
-                    code, last_words = (code, ENDED) if is_up else (2, NOT_STARTED)
+                    # 2 is for what would fail again. Whoever restarts services tries again after a signal, such as the kernel's
+                    # when memory is short.
+                    code, last_words = (code, ENDED) if is_up else (2 if exit_code >= 0 or is_failing else 1, NOT_STARTED)
                     last_words = last_words.format("server")
                     break
                 if not gateway.lives("HAProxy"):

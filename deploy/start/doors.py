@@ -257,7 +257,7 @@ def admin_sockets(run_folder: Path) -> tuple[socket.socket, socket.socket]:
 def environ_of(doors: Doors, settings: Settings, run_folder: Path) -> dict[str, str]:
     """What HAProxy's configuration is told about the doors."""
     assert doors.admin
-    environ = {"START": "1", "HAPROXY_SOCKET": f"fd@{doors.admin.fileno()}"}
+    environ = {"START": "1", "START_WORKERS": str(settings.workers), "HAPROXY_SOCKET": f"fd@{doors.admin.fileno()}"}
     if doors.front:
         environ |= {"FRONT_BIND": doors.front.bind, "GATEWAY_A": f"127.0.0.1:{doors.server_port}"}
         if settings.certificate:

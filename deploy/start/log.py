@@ -234,9 +234,15 @@ def take_haproxy(output: Output, line: str) -> None:
             output.say(f"HAProxy: {said[2]}", {"ALERT": "error", "WARNING": "warning"}[said[1]])
 
 
-def short_form(call: dict[str, object]) -> str:
-    """A call on a person's line: the time (UTC), the status, what was asked for or to whom it went, and why it failed."""
-    what = f"{call['method']} {call['path']}" if "path" in call else f"to {call['to']}"
+def short_form(call: dict[str, object]) -> str | None:
+    """A call on a person's line: the time (UTC), the status, what was asked for or to whom it went, and why it failed.
+
+    Nothing where the egress door tells of what the vendor answered: the caller's own line has that status as well.
+    """
     why = str(call.get("why", ""))
-    why = "" if why in ("", "-") or why.endswith("answered so") else f"  ({why})"  # Which the status tells.
-    return f"{str(call['time'])[11:19]}  {call['status']}  {what}{why}"
+    if why.endswith("answered so") or why == "-":
+        why = ""
+    if "path" not in call and not why:
+        return None
+    what = f"{call['method']} {call['path']}" if "path" in call else f"to {call['to']}"
+    return f"{str(call['time'])[11:19]}  {call['status']}  {what}" + (f"  ({why})" if why else "")

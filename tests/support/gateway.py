@@ -45,7 +45,9 @@ def clean_environ(home: Path | str, **settings: str) -> dict[str, str]:
     The machine's own proxies, certificates and keys are left out, because they would decide a test's outcome. `uv run`
     names itself in UV: it may be the one that make installed into the project. UV_PYTHON is make's choice of a Python.
     """
-    folders = [str(Path(program).parent) for program in (sys.executable, os.environ.get("UV")) if program]
+    own_uv = PROJECT / ".uv" / "bin" / "uv"  # Where pytest was started without `uv run`.
+    uv = os.environ.get("UV") or (own_uv if own_uv.exists() else None)
+    folders = [str(Path(program).parent) for program in (sys.executable, uv) if program]
     path = os.pathsep.join([*folders, os.environ["PATH"]])
     python = {"UV_PYTHON": os.environ["UV_PYTHON"]} if "UV_PYTHON" in os.environ else {}
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"} | python | settings
@@ -62,7 +64,7 @@ def make_environ(home: Path, **settings: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, on any address, nor on the next, where the egress proxy listens unless told.
+    """A TCP port that nobody listens on, on any address, nor on the next, where the egress door listens unless told.
 
     It is below those that the kernel gives to connections and to servers that leave the choice to it. Both stay bound as long as
     this process lives: a server that asks with SO_REUSEADDR gets them all the same, and who looks here for a free one does not.
@@ -130,12 +132,17 @@ class Gateway:
             raise
         return self
 
-    def environ_at_start(self) -> dict[str, str]:
-        """The environment that the server is given, from a start that ends as soon as that is known. Its log is whole then."""
+    def environ_at_start(self, also: Callable[[], Any] = lambda: True) -> dict[str, str]:
+        """The environment that the server is given, from a start that ends as soon as that is known, and `also` holds.
+
+        Its log is whole then.
+        """
         self.launch()
         try:
             wait_for(self.servers, seen=lambda: self.log)
-            return self.environ
+            environ = self.environ
+            wait_for(also, seen=lambda: self.log)
+            return environ
         finally:
             self.stop()
 
@@ -255,7 +262,12 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60, seen: Callable[[
     start = time.monotonic()
     if not eventually(condition, seconds):
         end = f" What is seen: {str(seen())[-3000:]}" if seen else ""
-        raise AssertionError(f"In {seconds} s it did not come to this: {inspect.getsource(condition).strip()}{end}")
+        what = (
+            inspect.getsource(condition).strip()
+            if inspect.isroutine(condition) and not inspect.isbuiltin(condition)
+            else condition
+        )
+        raise AssertionError(f"In {seconds} s it did not come to this: {what}{end}")
     return time.monotonic() - start
 
 
@@ -269,9 +281,13 @@ def refused(home: Path, cwd: Path = PROJECT, shell: str = "", **settings: str) -
     """What a start says that refuses to be one, in sentences. `shell` goes before it on a shell's line."""
     environ = clean_environ(home, **{"LLAMA_STACK_PORT": str(free_port())} | settings)
     command = ["sh", "-c", f'{shell} exec "$@"', "sh", *START]
-    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (2, ""), f"{done.returncode}: {done.stdout} {done.stderr}"
-    return done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=cwd, env=environ, **pipes) as start:
+        if started := start.stdout.readline():  # Only one that goes on says anything there.
+            start.kill()
+        _, said = start.communicate(timeout=120)
+    assert (start.returncode, started) == (2, ""), f"{start.returncode}: {started} {said}"
+    return said
 
 
 def copy_project(folder: Path) -> Path:

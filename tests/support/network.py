@@ -1,4 +1,4 @@
-"""What lies between an egress proxy and the vendors: a name server and a wire, both on loopback, that tests can change."""
+"""What lies between the egress door and the vendors: a name server and a wire, both on loopback, that tests can change."""
 
 import asyncio
 import contextlib

@@ -40,17 +40,17 @@ def measure(bench: Bench, rounds: int, seed: int) -> None:
         for name in draw.sample(here, len(here)):
             bench.turn(name, measure, *arguments)
 
-    for round_ in bench.rounds(rounds, rest=len(bench.contenders) * (bench.seconds + 6) + 30):
+    for _ in bench.rounds(rounds, rest=len(bench.contenders) * (bench.seconds + 6) + 100):
         for callers in CALLERS:
             bench.say(f"  regular calls, {callers} at a time")
             take_turns(f"rps@{callers}", bench.regular, callers)
         for streams in STREAMS:
             bench.say(f"  streams, {streams} at a time, a chunk every 50 ms")
             take_turns(f"complete@{streams}", bench.paced, streams, CHUNKS[streams])
-        # What a distance adds differs little from one round to the next.
-        for callers in FAR_CALLERS if round_ == 1 else ():
-            bench.say(f"  vendor 40 ms away, {callers} at a time")
-            take_turns("far", bench.far, callers, only=FAR)
+    # Once, because what a distance adds differs little from one round to the next.
+    for callers in FAR_CALLERS:
+        bench.say(f"vendor 40 ms away, {callers} at a time")
+        take_turns("far", bench.far, callers, only=FAR)
     bench.say("memory")
     take_turns("memory", bench.memory)
     # Last, because what a storm leaves behind in a contender would be in everything after it.
@@ -116,7 +116,7 @@ def main() -> None:
                 bench.say(f"the order of the contenders is drawn with SEED={options.seed}")
                 measure(bench, rounds, options.seed)
     # A quick look does not replace the results of a whole run.
-    whole = bench.round >= usual_rounds and options.seconds >= 2 and not options.only
+    whole = rounds >= usual_rounds and options.seconds >= 2 and not options.only
     out = HERE if whole else CACHE
     if options.paired:
         texts = {"paired.md": report.heading("make bench PAIRED=1", about(bench)) + paired.report(bench)}

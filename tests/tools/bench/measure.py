@@ -41,7 +41,7 @@ class Bench:
         """Keep this round's values, and show them."""
         for metric, value in values.items():
             self.samples[contender.name][metric][self.round] = value
-        self.say(f"    {contender.title:<38}" + "  ".join(f"{name} {number(value)}" for name, value in values.items()))
+        self.say(f"    {contender.title:<40}" + "  ".join(f"{name} {number(value)}" for name, value in values.items()))
 
     @contextlib.contextmanager
     def started(self, names: list[str]) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Bench:
             try:
                 measure(contender, *arguments)
             except (OSError, RuntimeError) as error:
-                self.say(f"    {contender.title:<38}broke down: {error}")
+                self.say(f"    {contender.title:<40}broke down: {error}")
                 self.note(contender, broke_down=1)
 
     def settle(self) -> None:

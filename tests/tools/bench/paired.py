@@ -102,6 +102,6 @@ def report(bench: Bench) -> str:
         f"- {contender.title}: {contender.version}" for contender in bench.contenders.values() if contender.version
     )
     return (
-        f"\n\n{table(['', 'of', 'beside', 'of', 'beside', 'differs by', '95 %', 'rounds'], rows, text=3)}\n\n"
+        f"\n\n{table(['', 'A', 'B', 'A: median', 'B: median', 'A beside B', 'with 95 % certainty', 'rounds'], rows, text=3)}\n\n"
         f"{table(['300 streams at once: the fewest that completed in a round', ''], streams)}\n\n{versions}{skipped}\n"
     )

@@ -7,7 +7,7 @@ carries the moment it was sent, so that a reader on the same machine knows how l
 Base URLs: `near` for regular calls, `paced` for streams, and `far` for both, through a relay that keeps the vendor a 40 ms
 round trip away and counts new connections. `plain` has near and paced without TLS, for callers without a gateway.
 
-An egress proxy looks for vendors by name, all at one port: `names` is a name server that leads it there, to OpenAI as the
+The egress door looks for vendors by name, all at one port: `names` is a name server that leads it there, to OpenAI as the
 near vendor, Anthropic as the paced and Gemini as the far one, which has an address of its own for that.
 """
 

@@ -62,7 +62,7 @@ def server_organization(bench: Bench) -> Row:
         "no `OPENAI_ORG_ID` and `OPENAI_PROJECT_ID` from the server's environment",
         "they go out with every caller's call, to every vendor",
         measure,
-        Edit("deploy/start/environment.py", ' or name.startswith("OPENAI_")', ""),
+        Edit("deploy/start/environment.py", 'name.startswith(("OPENAI_", *told))', "name.startswith(told)"),
     )
 
 
