@@ -260,7 +260,8 @@ def test_a_stop_lets_streams_finish_and_refuses_new_calls(
     tmp_path: Path, vendors: Vendors, reachable: dict[str, str], figures: list[Figure]
 ) -> None:
     """SIGTERM, with two workers and all doors. A stream on a native path finishes too, after the server has ended."""
-    with running(tmp_path, LLAMA_STACK_WORKERS="2", **reachable) as running_, caller(running_.gateway.url) as client:
+    workers = "2" if HAPROXY else "1"  # Several, without a front, leave a new call waiting until they have ended.
+    with running(tmp_path, LLAMA_STACK_WORKERS=workers, **reachable) as running_, caller(running_.gateway.url) as client:
         gateway = running_.gateway
         streams = [Stream(gateway, "openai/slow", "one two three") for _ in range(4)]
         if HAPROXY:
