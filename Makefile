@@ -8,6 +8,9 @@ override PROMPT := $(call typed,PROMPT)
 override MODEL := $(call typed,MODEL)
 export PROMPT MODEL
 
+# Containers often set it. Python would then compile thousands of files at every start.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What a target needs is fetched when it first runs.
 first = @[ -d .venv ] || echo "The first run fetches packages ($1 MB), which may take a minute. Later ones need no internet." >&2
 
