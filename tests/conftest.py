@@ -12,7 +12,7 @@ from openai import OpenAI
 from support.both_ends import BothEnds
 from support.calls import ALL_KEYS, MODELS, caller, vendor_of
 from support.figures import Figure, write
-from support.gateway import ALONE, Gateway, copy_project
+from support.gateway import Gateway, copy_project
 from support.vendors import KEYS, Vendors
 
 if TYPE_CHECKING:
@@ -87,16 +87,9 @@ def gateway(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
-def alone(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """The same without a front, for what the stock server promises by itself."""
-    with Gateway(tmp_path_factory.mktemp("alone"), **ALONE, **vendors.environ()) as gateway:
-        yield gateway
-
-
-@pytest.fixture(scope="session")
-def server(alone: Gateway) -> Iterator[httpx.Client]:
-    """A caller of the stock server, without a front."""
-    with caller(alone.url) as client:
+def server(gateway: Gateway) -> Iterator[httpx.Client]:
+    """A caller of that gateway's stock server, past the front, for what it promises by itself."""
+    with caller(f"http://127.0.0.1:{gateway.server_port}") as client:
         yield client
 
 

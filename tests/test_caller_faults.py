@@ -84,18 +84,18 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("what", ENDLESS)
-def test_what_comes_without_end_is_cut_off_and_not_kept(alone: Gateway, figures: list[Figure], what: str) -> None:
+def test_what_comes_without_end_is_cut_off_and_not_kept(gateway: Gateway, figures: list[Figure], what: str) -> None:
     """By the server itself. Before a front, HAProxy does so. On one connection, up to 100 MB."""
     head, more = ENDLESS[what]
-    before, sent = alone.resident(), 0
-    with Others(alone) as others, socket.create_connection(("127.0.0.1", alone.port), timeout=60) as connection:
+    before, sent = gateway.resident(), 0
+    with Others(gateway) as others, socket.create_connection(("127.0.0.1", gateway.server_port), timeout=60) as connection:
         connection.sendall(head)
         with contextlib.suppress(ConnectionError):
             for _ in range(1_000):
                 connection.sendall(more)
                 sent += len(more)
     assert sent < 20_000_000, f"{sent / 1e6:.0f} MB were taken"
-    grown = alone.resident() - before
+    grown = gateway.resident() - before
     assert grown < 20_000_000, f"{grown / 1e6:.0f} MB more memory"
     figures.append(Figure(f"{what} without end", "the connection is cut", None, others.worst))
 

@@ -2,29 +2,20 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 
 import httpx
 import llama_stack_client
 import pytest
 from llama_stack_client import AsyncLlamaStackClient, LlamaStackClient
 from support.both_ends import BothEnds
-from support.calls import ALL_KEYS, EMBEDDINGS, HELLO, MODELS, WEATHER_TOOL, caller, chat
+from support.calls import ALL_KEYS, EMBEDDINGS, HELLO, MODELS, WEATHER_TOOL, chat
 from support.gateway import PROVIDER_DATA, Gateway
-from support.vendors import Vendors, vector
+from support.vendors import vector
 
 
 @pytest.fixture
 def provider_data() -> dict:
     return json.loads(ALL_KEYS[PROVIDER_DATA])
-
-
-@pytest.fixture(scope="module")
-def unchecked(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A caller of a gateway that does not compare its own release with the client's."""
-    settings = vendors.environ() | {"LLAMA_STACK_DISABLE_VERSION_CHECK": "1"}
-    with Gateway(tmp_path_factory.mktemp("unchecked"), **settings) as gateway, caller(gateway.url) as client:
-        yield client
 
 
 def test_chat_and_embeddings(gateway: Gateway, ends: BothEnds, provider_data: dict) -> None:
@@ -59,9 +50,9 @@ def test_raises_the_error_of_the_vendors_status(gateway: Gateway, ends: BothEnds
 
 
 @pytest.mark.parametrize("release", ["0.3.0", "0.6.0", "1.0.0"])
-def test_any_release_is_let_in(unchecked: httpx.Client, release: str) -> None:
+def test_any_release_is_let_in(client: httpx.Client, release: str) -> None:
     headers = ALL_KEYS | {"X-LlamaStack-Client-Version": release}
-    answer = unchecked.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0]))
+    answer = client.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0]))
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["message"]["content"].endswith("You said: Hello")
 

@@ -86,6 +86,10 @@ def token(services: Services) -> dict[str, str]:
     return {"Authorization": f"Bearer {services.token()}"}
 
 
+def test_has_the_workers_that_are_set(team_gateway: Gateway) -> None:
+    assert len(team_gateway.workers) == int(team_gateway.settings["LLAMA_STACK_WORKERS"])
+
+
 def test_listens_on_the_host_that_is_set_and_there_alone(team_gateway: Gateway, team: httpx.Client) -> None:
     assert team.get("/v1/health").json() == {"status": "OK"}
     with pytest.raises(httpx.ConnectError, match="refused"):

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +15,7 @@ import pytest
 import uvicorn
 from mcp.server.fastmcp import FastMCP
 from support.calls import ALL_KEYS, MODELS, PIXEL, WEATHER_FUNCTION, caller, chat, events, output_text, responses
-from support.gateway import ALONE, PROVIDER_DATA, Gateway, eventually
+from support.gateway import ALONE, PROVIDER_DATA, Gateway, wait_for
 from support.vendors import KEYS, InBackground, Vendors
 
 
@@ -284,20 +285,19 @@ def test_300_streams_at_once_all_complete(gateway: Gateway) -> None:
     asyncio.run(streams())
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["regular", "stream"])
-def test_a_response_in_flight_is_finished_after_sigterm(vendors: Vendors, tmp_path: Path, stream: bool) -> None:
-    answers: list[httpx.Response] = []
-    with Gateway(tmp_path, **vendors.environ()) as gateway, caller(gateway.url, timeout=60) as client:
-        body = responses("openai/slow", "in flight", stream=stream)
-        call = threading.Thread(
-            target=lambda: answers.append(client.post("/v1/responses", headers=ALL_KEYS, json=body)), daemon=True
-        )
-        call.start()
-        assert eventually(lambda: vendors.streaming)
+def test_responses_in_flight_are_finished_after_sigterm(vendors: Vendors, tmp_path: Path) -> None:
+    """A regular one and a stream."""
+    with (
+        Gateway(tmp_path, **vendors.environ()) as gateway,
+        caller(gateway.url, timeout=60) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        bodies = [responses("openai/slow", "in flight", stream=stream) for stream in (False, True)]
+        calls = [pool.submit(client.post, "/v1/responses", headers=ALL_KEYS, json=body) for body in bodies]
+        wait_for(lambda: vendors.streaming == 2, seen=lambda: f"{vendors.streaming} calls at the vendor: {gateway.log}")
         gateway.process.terminate()
-        call.join(60)
-        (answer,) = answers
-        final = events(answer)[-1]["response"] if stream else answer.json()
-        assert final["status"] == "completed"
-        assert final["output"][0]["content"][0]["text"].endswith("You said: in flight")
+        regular, stream = (call.result(60) for call in calls)
+        for final in (regular.json(), events(stream)[-1]["response"]):
+            assert final["status"] == "completed", final
+            assert final["output"][0]["content"][0]["text"].endswith("You said: in flight")
         gateway.process.wait(30)

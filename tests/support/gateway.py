@@ -215,6 +215,11 @@ class Gateway:
         """The environment that the server was given."""
         return psutil.Process(self.server).environ()
 
+    @property
+    def server_port(self) -> int:
+        """Where the server itself listens: behind the front, if there is one."""
+        return int(self.environ["LLAMA_STACK_PORT"])
+
     def of_processes(self, measure: Callable[[psutil.Process], float]) -> list[float]:
         """What `measure` says of each process that still lives."""
         found = []
