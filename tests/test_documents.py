@@ -19,7 +19,7 @@ import pytest
 import trustme
 import yaml
 from support.calls import ALL_KEYS, CHAT, EMBEDDINGS, MODELS, RUN_YAML, caller, chat, responses, vendor_of
-from support.gateway import HAPROXY, PROJECT, START, Gateway, clean_environ, eventually, free_port
+from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually, free_port
 from support.network import NameServer
 from support.services import ISSUER, Services
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
@@ -91,14 +91,19 @@ def test_every_block_is_run_by_a_test() -> None:
     assert not unused, f"no document has a block with {unused} any more: take the marker and its test away"
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
+def copy_for_a_user(home: Path) -> Path:
     """The project as a new user has it, with no .env, but with this project's packages installed."""
-    folder = tmp_path / "lls-openai"
+    folder = home / "lls-openai"
     leave_out = shutil.ignore_patterns(".git", ".env", ".venv", ".uv", ".bench", "__pycache__", ".ruff_cache", "node_modules")
     shutil.copytree(PROJECT, folder, ignore=leave_out)
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """That, for a test that writes into it, or into its home."""
+    return copy_for_a_user(tmp_path)
 
 
 def run(script: str, folder: Path, shell: str = "sh", **settings: str) -> str:
@@ -164,21 +169,23 @@ def is_native(text: str) -> bool:
 
 @pytest.fixture(scope="module")
 def doors(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with both doors, which finds the stand-ins by a name server."""
+    """The gateway with both doors of deploy/README.md, which finds the stand-ins by a name server."""
     with NameServer() as names:
         settings = {
             "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
             "EGRESS_CA": str(vendors.ca_file),
             "EGRESS_VENDOR_PORT": str(vendors.tls_port),
         }
-        with Gateway(tmp_path_factory.mktemp("doors"), START, **settings) as gateway:
+        copy = copy_for_a_user(tmp_path_factory.mktemp("doors"))
+        with started(copy, block(OPERATOR, DOORS), **settings) as gateway:
             yield gateway
 
 
 @pytest.fixture(scope="module")
 def bare(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway without either door."""
-    with Gateway(tmp_path_factory.mktemp("bare"), START, FRONT="0", EGRESS="0", **vendors.environ()) as gateway:
+    """The gateway without a door that deploy/README.md has behind a balancer. Its own address is loopback's here."""
+    command = block(OPERATOR, BEHIND).replace("10.0.0.1", "127.0.0.1")
+    with started(copy_for_a_user(tmp_path_factory.mktemp("bare")), command, **vendors.environ()) as gateway:
         yield gateway
 
 
@@ -255,6 +262,10 @@ def certificate(copy: Path) -> Iterator[ssl.SSLContext]:
     return context
 
 
+# A page of the team's.
+PAGE = "https://chat.example.com"
+
+
 def started(copy: Path, command: str, **settings: str) -> Gateway:
     """A gateway that a block starts."""
     return Gateway(copy.parent, ("sh", "-c", command), copy, **settings)
@@ -266,11 +277,19 @@ def test_a_team_s_server_and_its_metrics(copy: Path, vendors: Vendors, certifica
         text = block(OPERATOR, TEAM).replace("https://id.example.com/jwks", f"{services.url}/jwks")
         text = text.replace("http://collector:4318", services.url)
         assert f"AUTH_ISSUER={ISSUER} " in text
-        gateway = started(copy, text, OTEL_METRIC_EXPORT_INTERVAL="500", **vendors.environ())
+        more = {"OTEL_METRIC_EXPORT_INTERVAL": "500", "AUTH_AUDIENCE": "our-gateway", "LLAMA_STACK_CORS_ORIGIN": PAGE}
+        gateway = started(copy, text, **more, **vendors.environ())
         gateway.url, gateway.trust = gateway.url.replace("http:", "https:"), certificate
         with gateway, caller(gateway.url, verify=certificate) as client:
-            assert client.post(CHAT, json=chat(MODELS[0]), headers=ALL_KEYS).status_code == 401
-            headers = ALL_KEYS | {"Authorization": f"Bearer {services.token()}"}
+            for token, status in ((None, 401), ("lls-openai", 401), ("our-gateway", 200)):
+                headers = ALL_KEYS | {"Origin": PAGE}
+                headers |= {"Authorization": f"Bearer {services.token(aud=token)}"} if token else {}
+                answer = client.post(CHAT, json=chat(MODELS[0]), headers=headers)
+                assert answer.status_code == status, f"for {token}: {answer.text}"
+                assert answer.headers["access-control-allow-origin"] == PAGE
+            if HAPROXY:
+                key = {"Authorization": "Bearer sk-fake"}
+                assert client.get("/openai/v1/models", headers=key).status_code == 403, "a key was taken where tokens are"
             for stream in (False, True):
                 assert client.post(CHAT, json=chat(MODELS[0], stream=stream), headers=headers).is_success
             assert client.post(CHAT, json=chat("openai/status-400"), headers=headers).status_code == 400
@@ -292,10 +311,9 @@ OF_THE_SERVICE = {
 
 
 @NEEDS_HAPROXY
-def test_both_doors_are_demanded(copy: Path) -> None:
-    with started(copy, block(OPERATOR, DOORS), EGRESS_NAMESERVER="127.0.0.1:9") as gateway:
-        assert f"Open: the front on port {gateway.port}" in gateway.log
-        assert f"the egress door on port {gateway.port + 1}" in gateway.log
+def test_both_doors_are_demanded(doors: Gateway) -> None:
+    assert f"Open: the front on port {doors.port}" in doors.log
+    assert f"the egress door on port {doors.port + 1}" in doors.log
 
 
 @NEEDS_HAPROXY
@@ -353,22 +371,19 @@ def test_an_upgrade_and_the_way_back(tmp_path: Path) -> None:
     assert "one is" in version()
 
 
-def test_a_host_is_permitted(copy: Path, vendors: Vendors) -> None:
-    with started(copy, block(OPERATOR, MCP), **vendors.environ()) as gateway:
-        assert "mcp.example.com" in gateway.environ["NO_PROXY"].split(",")
+def test_a_host_is_permitted(copy: Path) -> None:
+    environ = started(copy, block(OPERATOR, MCP), EGRESS_NAMESERVER="127.0.0.1:9").environ_at_start()
+    assert "mcp.example.com" in environ["NO_PROXY"].split(",")
 
 
 @NEEDS_HAPROXY
-def test_a_balancer(copy: Path, vendors: Vendors, certificate: ssl.SSLContext) -> None:
+def test_a_balancer(copy: Path, bare: Gateway, certificate: ssl.SSLContext) -> None:
     """As written, but for the addresses: both gateways are one and the same here."""
-    behind = block(OPERATOR, BEHIND).replace("10.0.0.1", "127.0.0.1")
-    port = free_port()
-    with started(copy, behind, **vendors.environ()) as gateway:
-        here = f"127.0.0.1:{gateway.port}"
-        text = block(OPERATOR, BALANCER).replace("10.0.0.1:8321", here).replace("10.0.0.2:8321", here)
-        text = text.replace("FRONT_BIND=:8443", f"FRONT_BIND=127.0.0.1:{port}").replace("haproxy -db", f"exec {HAPROXY} -db")
-        assert text.count(here) == 2
-        assert_serves(text, copy, f"https://127.0.0.1:{port}", certificate)
+    port, here = free_port(), f"127.0.0.1:{bare.port}"
+    text = block(OPERATOR, BALANCER).replace("10.0.0.1:8321", here).replace("10.0.0.2:8321", here)
+    text = text.replace("FRONT_BIND=:8443", f"FRONT_BIND=127.0.0.1:{port}").replace("haproxy -db", f"exec {HAPROXY} -db")
+    assert text.count(here) == 2
+    assert_serves(text, copy, f"https://127.0.0.1:{port}", certificate)
 
 
 @NEEDS_HAPROXY

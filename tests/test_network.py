@@ -1,6 +1,6 @@
 """A server for a team, by environment alone: host, TLS, tokens, one browser origin, two workers and metrics.
 
-Most of it is asked of the stock server, which keeps these promises without a front as well.
+It is asked of the stock server without a front. With one: test_a_team_s_server_and_its_metrics in test_documents.py.
 """
 
 import base64
@@ -20,7 +20,7 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.calls import ALL_KEYS, MODELS, caller, chat, events, message
-from support.gateway import ALONE, HAPROXY, Gateway, wait_for
+from support.gateway import ALONE, Gateway, wait_for
 from support.services import ISSUER, Services
 from support.vendors import KEYS, Vendors
 
@@ -141,24 +141,6 @@ def test_a_good_token_is_served_and_reaches_no_vendor(team: httpx.Client, vendor
             assert arrived.key == f"Bearer {KEYS[arrived.vendor]}"
     secret = token["Authorization"].removeprefix("Bearer ")
     assert not [seen for seen in list(vendors.seen) if secret in str(seen)]
-
-
-@pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
-def test_the_front_speaks_tls_and_passes_tokens_for_another_audience(
-    team_gateway: Gateway, vendors: Vendors, services: Services, tmp_path: Path
-) -> None:
-    tls = {name: value for name, value in team_gateway.settings.items() if "_TLS_" in name}
-    tokens = {"AUTH_JWKS_URI": f"{services.url}/jwks", "AUTH_ISSUER": ISSUER, "AUTH_AUDIENCE": "our-gateway"}
-    gateway = Gateway(tmp_path, LLAMA_STACK_HOST=HOST, LLAMA_STACK_CORS_ORIGIN=PAGE, **tls, **tokens, **vendors.environ())
-    gateway.trust = team_gateway.trust
-    with gateway, caller(gateway.url, verify=gateway.trust) as client:
-        for audience, status in (("our-gateway", 200), ("lls-openai", 401)):
-            headers = ALL_KEYS | {"Authorization": f"Bearer {services.token(aud=audience)}", "Origin": PAGE}
-            answer = client.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0]))
-            assert answer.status_code == status
-            assert answer.headers["access-control-allow-origin"] == PAGE
-        assert client.get("/v1/models").status_code == 401
-        assert client.get("/openai/v1/models", headers={"Authorization": "Bearer sk-fake"}).status_code == 403
 
 
 def test_a_token_without_vendor_keys_gets_the_vendors_refusal(
