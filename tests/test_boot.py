@@ -21,35 +21,25 @@ def call(gateway: Gateway, model: str = MODELS[0]) -> httpx.Response:
     return httpx.post(f"{gateway.url}/v1/chat/completions", headers=ALL_KEYS, json=chat(model), timeout=30, trust_env=False)
 
 
-def edit(project: Path, change) -> None:
-    """Load run.yaml, let `change` alter it, and write it back."""
-    config = yaml.safe_load((project / "run.yaml").read_text())
-    change(config)
-    (project / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def test_boots_without_a_key_and_without_a_network(tmp_path: Path) -> None:
-    with Gateway(tmp_path, **NOWHERE) as gateway:
+def test_boots_without_a_key_and_without_a_network_and_reflects_run_yaml_alone(
+    project: Path, tmp_path: Path, vendors: Vendors
+) -> None:
+    """Nothing of an earlier boot, nor of scripts in the same folder that have names of the server's modules."""
+    for name in ("openai.py", "code.py"):
+        (project / name).write_text("not a module of the server's")
+    start = {"home": tmp_path / "home", "command": START, "cwd": project}
+    with Gateway(**start, **NOWHERE) as gateway:
         assert list(models(gateway)) == MODELS
         assert call(gateway).status_code == 500
 
-
-def test_every_boot_reflects_run_yaml_alone(project: Path, tmp_path: Path, vendors: Vendors) -> None:
-    """Scripts of the user's in the same folder are not taken for modules of the same name."""
-    for name in ("openai.py", "code.py"):
-        (project / name).write_text("not a module of the server's")
-    settings = {"home": tmp_path / "home", "command": START, "cwd": project} | vendors.environ()
-    with Gateway(**settings) as gateway:
-        assert list(models(gateway)) == MODELS
-
-    def change(config: dict) -> None:
-        registered = config["registered_resources"]["models"]
-        registered.pop()
-        registered[0]["metadata"]["display_name"] = "Changed"
-        registered.append({"model_id": "anthropic/added", "provider_id": "anthropic", "provider_model_id": "added"})
-
-    edit(project, change)
-    with Gateway(**settings) as gateway:
+    file = project / "run.yaml"
+    config = yaml.safe_load(file.read_text())
+    registered = config["registered_resources"]["models"]
+    registered.pop()
+    registered[0]["metadata"]["display_name"] = "Changed"
+    registered.append({"model_id": "anthropic/added", "provider_id": "anthropic", "provider_model_id": "added"})
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    with Gateway(**start, **vendors.environ()) as gateway:
         assert models(gateway)["openai/gpt-4o"] == "Changed"
         assert list(models(gateway)) == [*MODELS[:-1], "anthropic/added"]
         assert call(gateway, "anthropic/added").is_success

@@ -9,7 +9,7 @@ import hmac
 import json
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,12 +122,17 @@ def test_a_caller_without_a_token_is_refused(team: httpx.Client) -> None:
         pytest.param(lambda _: KEYS["openai"], id="a vendor's key"),
     ],
 )
-def test_a_bad_token_is_refused(team: httpx.Client, vendors: Vendors, services: Services, forge) -> None:
+def test_a_bad_token_is_refused(
+    team_gateway: Gateway, team: httpx.Client, vendors: Vendors, services: Services, forge: Callable[[Services], str]
+) -> None:
+    """The log tells it from a vendor's 401. What was wrong with the token, the stock server does not say there."""
+    said = team_gateway.log.count("A token was refused")
     headers = ALL_KEYS | {"Authorization": f"Bearer {forge(services)}"}
     response = team.post("/v1/chat/completions", headers=headers, json=chat(MODELS[0], "with a bad token"))
     assert response.status_code == 401
     assert message(response) == "Invalid JWT token"
     assert not vendors.seen_with("with a bad token")
+    wait_for(lambda: team_gateway.log.count("A token was refused") > said, seen=lambda: team_gateway.log)
 
 
 def test_a_good_token_is_served_and_reaches_no_vendor(team: httpx.Client, vendors: Vendors, token: dict[str, str]) -> None:

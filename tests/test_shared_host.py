@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat
+from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat, responses
 from support.gateway import HAPROXY, PROJECT, START, Gateway, free_port, listening
 from support.network import NameServer
 from support.vendors import Vendors
@@ -32,13 +32,16 @@ def first(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def serves(gateway: Gateway) -> bool:
-    """Whether a call is answered, by the vendor and by the page."""
+    """Whether calls are answered, by the vendor, with the help of the store, and by the page."""
     with caller(gateway.url) as client:
-        return client.post(CHAT, headers=ALL_KEYS, json=chat(MODELS[0])).is_success and client.get("/").is_success
+        calls = [(CHAT, chat(MODELS[0])), ("/v1/responses", responses(MODELS[0], store=True))]
+        return (
+            all(client.post(path, headers=ALL_KEYS, json=body).is_success for path, body in calls) and client.get("/").is_success
+        )
 
 
 def test_two_side_by_side_share_a_folder_and_nothing_else(first: Gateway, settings: dict[str, str]) -> None:
-    """As two of one user's do: the one that stops takes nothing from the other."""
+    """As two of one user's do, with one store: the one that stops takes nothing from the other."""
     with Gateway(first.home, START, **settings) as second:
         assert serves(second)
         assert serves(first)

@@ -78,13 +78,6 @@ def test_nothing_is_kept_and_no_other_file_is_used(gateway: Gateway) -> None:
         assert names(theirs, "table") == names(theirs, "trigger"), "a table that the server has made by itself"
 
 
-def test_a_second_gateway_with_the_same_store_takes_nothing_from_the_first(gateway: Gateway, vendors: Vendors) -> None:
-    store = str(gateway.home / STRANGE)
-    with Gateway(gateway.home / "second", SQLITE_STORE_DIR=store, **ALONE, **vendors.environ()) as second:
-        call_everything(second)
-        call_everything(gateway)
-
-
 def test_every_table_discards_what_is_inserted() -> None:
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.executescript((PROJECT / "deploy/keeps-nothing.sql").read_text())
