@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 from support.calls import ALL_KEYS, MODELS, caller, chat, one_by_one, one_key
-from support.gateway import HAPROXY, PROJECT, START, Gateway, eventually, listening, wait_for
+from support.gateway import HAPROXY, PROJECT, START, Gateway, listening, wait_for
 from support.haproxy import BALANCER, HAProxy
 from support.load import Load
 from support.vendors import Vendors
@@ -118,7 +118,7 @@ def test_each_vendors_own_key_lists_its_models(client: httpx.Client) -> None:
 
 
 def test_tokens_arrive_as_the_gateway_sends_them(client: httpx.Client) -> None:
-    assert eventually(lambda: one_by_one(client))
+    wait_for(lambda: one_by_one(client))
 
 
 def test_one_gateway_alone_is_not_checked(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import trustme
 import yaml
 from support.calls import ALL_KEYS, CHAT, EMBEDDINGS, MODELS, RUN_YAML, caller, chat, responses, vendor_of
-from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually, free_port
+from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, wait_for
 from support.network import NameServer
 from support.services import ISSUER, Services
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
@@ -295,7 +295,7 @@ def test_a_team_s_server_and_its_metrics(copy: Path, vendors: Vendors, certifica
             assert client.post(CHAT, json=chat("openai/status-400"), headers=headers).status_code == 400
             assert client.post("/v1/responses", json=responses(MODELS[0], stream=True), headers=headers).is_success
             shown = {name.strip("`"): {*re.findall(r"`([\w.]+)`", labels)} for name, _, labels in rows(OPERATOR, "metric |")}
-            eventually(lambda: shown.keys() <= services.metrics().keys(), 30)
+            wait_for(lambda: shown.keys() <= services.metrics().keys(), 30, seen=services.metrics)
     found = services.metrics()
     assert found.keys() == shown.keys(), "the table of metrics in deploy/README.md has other names than what is exported"
     for name, points in found.items():
@@ -323,7 +323,7 @@ def test_each_kind_of_log_line_has_the_fields_of_the_table(doors: Gateway, bare:
     for gateway in (doors, bare):
         with caller(gateway.url) as client:
             assert client.post(CHAT, headers=ALL_KEYS, json=chat("openai/status-400")).status_code == 400
-    eventually(lambda: '"door": "egress"' in doors.log and '"status": 400' in bare.log, 20)
+    wait_for(lambda: '"door": "egress"' in doors.log and '"status": 400' in bare.log, 20, seen=lambda: doors.log + bare.log)
     lines = [json.loads(line) for gateway in (doors, bare) for line in gateway.log.splitlines() if line.startswith("{")]
     kinds = {
         "a call at the front": [line for line in lines if line.get("door") == "front"],
@@ -416,7 +416,7 @@ def assert_serves(command: str, folder: Path, url: str, trust: ssl.SSLContext) -
                         said.append(repr(error))
                     return "stand-in for OpenAI" in said[-1]
 
-                assert eventually(served, 60), said[-1]
+                wait_for(served, 60, seen=lambda: said[-1])
                 key = {"Authorization": f"Bearer {KEYS['openai']}"}
                 assert "No connection to the vendor" in client.post("/openai/v1/responses", headers=key, json={}).text
         finally:

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, message, one_by_one, streamed_text, vendor_of
-from support.gateway import HAPROXY, PROVIDER_DATA, START, Gateway, eventually, free_port, listening
+from support.gateway import HAPROXY, PROVIDER_DATA, START, Gateway, free_port, listening, wait_for
 from support.network import NameServer, Wire
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
@@ -70,8 +70,8 @@ def cut_connections(server: Gateway, wire: Wire) -> None:
     def known() -> bool:
         return all(not connection.raddr or connection.raddr.port != wire.port for connection in haproxy.net_connections())
 
-    assert eventually(known)
-    assert eventually(lambda: not wire.alive)
+    wait_for(known, seen=haproxy.net_connections)
+    wait_for(lambda: not wire.alive, seen=lambda: wire.alive)
     wire.up()
 
 
@@ -115,7 +115,7 @@ def test_embeddings_work_too(beside: httpx.Client, server: Gateway, wire: Wire, 
 
 
 def test_tokens_arrive_as_the_vendor_sends_them(client: httpx.Client) -> None:
-    assert eventually(lambda: one_by_one(client))
+    wait_for(lambda: one_by_one(client))
 
 
 def test_calls_share_connections(client: httpx.Client, wire: Wire) -> None:
@@ -178,7 +178,7 @@ def test_ten_megabytes_pass(client: httpx.Client, vendors: Vendors) -> None:
 def test_it_survives_that_the_vendor_closes_idle_connections(client: httpx.Client, vendors: Vendors, wire: Wire) -> None:
     """The stand-in closes a connection that has been idle for 5 s."""
     assert ask(client).is_success
-    assert eventually(lambda: not wire.alive)
+    wait_for(lambda: not wire.alive, seen=lambda: wire.alive)
     assert ask(client, prompt="after the idle time").is_success
     assert len(vendors.seen_with("after the idle time")) == 1
 
@@ -198,11 +198,11 @@ def assert_it_follows(client: httpx.Client, wire: Wire, vendors: Vendors, names:
     with Wire(vendors.tls_port, address, wire.port) as moved:
         names.address = moved.address
         wire.down()
-        assert eventually(lambda: ask(client).is_success)
+        wait_for(lambda: ask(client).is_success, seen=lambda: ask(client).text)
         assert moved.opened
     names.address = wire.address
     wire.up()
-    assert eventually(lambda: ask(client).is_success)
+    wait_for(lambda: ask(client).is_success, seen=lambda: ask(client).text)
 
 
 def test_it_follows_the_vendor_to_a_new_address(client: httpx.Client, wire: Wire, vendors: Vendors, names: NameServer) -> None:
