@@ -81,13 +81,16 @@ def test_what_the_responses_api_refuses_it_refuses_in_a_stream_too(
         assert run.answer.status_code == exchange.gets["status"]
 
 
-@pytest.mark.parametrize("exchange", ALL, ids=IDS)
-def test_what_is_changed_has_a_row(exchange: Exchange) -> None:
-    changed = bool(exchange.arrives or exchange.gets)
-    if exchange.translated:
-        changed = bool(exchange.faithful) or isinstance(exchange.gets.get("status"), int)
-    assert changed == bool(exchange.row), "An exchange has a row if, and only if, the caller or the vendor gets something else."
-    assert not (changed and exchange.passes)
+def test_what_is_changed_has_a_row() -> None:
+    """An exchange has one if, and only if, the caller or the vendor gets something else."""
+
+    def changed(exchange: Exchange) -> bool:
+        if exchange.translated:
+            return bool(exchange.faithful) or isinstance(exchange.gets.get("status"), int)
+        return bool(exchange.arrives or exchange.gets)
+
+    assert [name for name, each in zip(IDS, ALL, strict=True) if changed(each) != bool(each.row)] == []
+    assert [name for name, each in zip(IDS, ALL, strict=True) if changed(each) and each.passes] == []
 
 
 def test_each_row_has_an_exchange_and_each_exchange_its_row() -> None:
