@@ -330,30 +330,34 @@ def test_nobody_elsewhere_reaches_it_unless_told() -> None:
 
 # Pages of other origins.
 
-REFUSED = [
-    (CHAT, {}, "POST", 401),
-    (CHAT, {"Host": "evil.example"}, "POST", 421),
-    (CHAT, [("x-api-key", "a"), ("x-api-key", "b")], "POST", 400),
-    ("/docs", {}, "GET", 404),
-    ("/v1/models", {}, "TRACE", 405),
-    ("/openai/v1/status/429", {}, "POST", 429),
-    ("/gemini/v1/status/500", {}, "POST", 500),
-    ("/openai/v1/x", {"Authorization": "Bearer gemini=g"}, "POST", 401),
-    ("/v1/models", {}, "GET", 200),
-    ("/openai/v1/x", {}, "POST", 200),
+NO_KEY, VENDOR = "no key that counts here", "the vendor answered so"
+ANSWERED = [
+    (CHAT, {}, "POST", 401, NO_KEY),
+    (CHAT, {"Host": "evil.example"}, "POST", 421, "a name that is not known here"),
+    (CHAT, [("x-api-key", "a"), ("x-api-key", "b")], "POST", 400, "more than one credential"),
+    ("/docs", {}, "GET", 404, "nothing at this path"),
+    ("/v1/models", {}, "TRACE", 405, "no method that is known here"),
+    ("/openai/v1/status/429", {}, "POST", 429, VENDOR),
+    ("/gemini/v1/status/500", {}, "POST", 500, VENDOR),
+    ("/openai/v1/x", {"Authorization": "Bearer gemini=g"}, "POST", 401, NO_KEY),
+    ("/v1/models", {}, "GET", 200, "-"),
+    ("/openai/v1/x", {}, "POST", 200, "-"),
 ]
 
 
-@pytest.mark.parametrize(("path", "headers", "method", "status"), REFUSED)
-def test_a_page_that_may_call_can_read_every_answer(
-    plain: Front, path: str, headers: dict | list, method: str, status: int
+@pytest.mark.parametrize(("path", "headers", "method", "status", "why"), ANSWERED)
+def test_each_answer_tells_pages_and_the_log_what_it_is(
+    plain: Front, path: str, headers: dict | list, method: str, status: int, why: str
 ) -> None:
+    """A page that may call can read it and no other can, it is no page itself, and the log has the reason of an error."""
     for origin, allowed in {ORIGIN: True, f"{ORIGIN}.evil": False, "null": False, "none": False, f"{ORIGIN}/": False}.items():
-        named = [*(headers.items() if isinstance(headers, dict) else headers), ("Origin", origin)]
-        response = plain.call(path, named, method)
+        response = plain.call(path, [*httpx.Headers(headers).multi_items(), ("Origin", origin)], method)
         assert response.status_code == status
         assert response.headers.get_list("access-control-allow-origin") == ([ORIGIN] if allowed else [])
         assert "Origin" in response.headers["vary"]
+        assert response.headers["content-security-policy"] == "sandbox; default-src 'none'"
+        assert response.headers["x-content-type-options"] == "nosniff"
+    plain.logged(status=status, why=why, path=path)
 
 
 def test_a_page_can_read_a_servers_error(plain: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +381,7 @@ def test_what_a_page_asks_beforehand_is_answered(plain: Front, path: str) -> Non
     assert response.headers["access-control-allow-headers"] == named
     assert {"GET", "POST", "DELETE"} <= set(response.headers["access-control-allow-methods"].split(", "))
     assert not [name for name in refused.headers if name.startswith("access-control")]
+    plain.logged(status=403, why="closed to this caller", path=path)
 
 
 # The page.
@@ -397,13 +402,6 @@ def test_the_page_is_served(plain: Front, path: str) -> None:
     assert response.headers["x-content-type-options"] == "nosniff"
     assert plain.call(path, method="HEAD").status_code == 200
     assert plain.call(path).status_code == 401
-
-
-@pytest.mark.parametrize("path", ["/v1/models", CHAT, "/openai/v1/x", "/docs"])
-def test_no_other_answer_is_a_page(plain: Front, path: str) -> None:
-    response = plain.call(path, method="GET")
-    assert response.headers["content-security-policy"] == "sandbox; default-src 'none'"
-    assert response.headers["x-content-type-options"] == "nosniff"
 
 
 # The log.
@@ -456,24 +454,6 @@ def test_no_line_of_the_log_is_a_callers(plain: Front, line: str) -> None:
         assert text.isascii()
         assert not re.search(r"[\x00-\x1f\x7f]", text)
     assert not plain.haproxy.lines(path="/forged")
-
-
-WHY = [
-    (400, "more than one credential", [("x-api-key", "a"), ("x-api-key", "b")], CHAT),
-    (401, "no key that counts here", {}, CHAT),
-    (404, "nothing at this path", {}, "/docs"),
-    (421, "a name that is not known here", {"Host": "x.example"}, CHAT),
-    (429, "the vendor answered so", {}, "/openai/status/429"),
-    (403, "closed to this caller", {"Origin": "https://x.example", "Access-Control-Request-Method": "POST"}, CHAT),
-]
-
-
-@pytest.mark.parametrize(("status", "why", "headers", "path"), WHY)
-def test_a_failed_call_is_logged_with_the_reason(plain: Front, status: int, why: str, headers: dict | list, path: str) -> None:
-    method = "OPTIONS" if status == 403 else "GET" if status == 404 else "POST"
-    with contextlib.suppress(httpx.TransportError):
-        assert plain.call(path, headers, method).status_code == status
-    plain.logged(status=status, why=why, path=path)
 
 
 def test_a_line_for_what_is_no_request(plain: Front) -> None:
