@@ -8,9 +8,9 @@ import openai
 import pytest
 from google import genai
 from google.genai import types
-from support.calls import MODELS, vendor_of
+from support.calls import EMBEDDINGS, HELLO, MODELS, vendor_of
 from support.fronts import NEEDS_HAPROXY, Front, front
-from support.gateway import Gateway, eventually
+from support.gateway import Gateway
 from support.vendors import KEYS, Vendors
 
 pytestmark = NEEDS_HAPROXY
@@ -53,20 +53,17 @@ def test_openais_sdk(native: Front, key_of) -> None:
 
 
 def test_anthropics_sdk(native: Front, key_of) -> None:
+    asked = {"model": "claude", "max_tokens": 9, "messages": HELLO}
     sdk = anthropic.Anthropic(base_url=f"{native.haproxy.url}/anthropic", api_key=key_of("anthropic"), max_retries=0)
-    asked = {"model": "claude", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}
     assert sdk.messages.create(**asked).content[0].text == "Hello from Anthropic"
     with sdk.messages.stream(**asked) as stream:
         assert "".join(stream.text_stream) == "Hello from Anthropic"
     assert set(native.vendors.last.keys.values()) <= {KEYS["anthropic"], f"Bearer {KEYS['anthropic']}"}
     assert len(native.vendors.last.keys) == 1
     assert native.vendors.last.target == "/v1/messages"
-
-
-def test_anthropics_sdk_with_a_list_as_its_token(native: Front) -> None:
-    """As Claude Code has it, in ANTHROPIC_AUTH_TOKEN."""
+    # As Claude Code has it, in ANTHROPIC_AUTH_TOKEN.
     sdk = anthropic.Anthropic(base_url=f"{native.haproxy.url}/anthropic", auth_token=LIST, max_retries=0)
-    sdk.messages.create(model="claude", max_tokens=9, messages=[{"role": "user", "content": "Hello"}])
+    sdk.messages.create(**asked)
     assert native.vendors.last.keys == {"x-api-key": KEYS["anthropic"]}
 
 
@@ -80,13 +77,12 @@ def test_googles_sdk(native: Front, key_of) -> None:
     assert native.vendors.last.target.endswith("/models/gemini:streamGenerateContent?alt=sse")
 
 
-@pytest.mark.parametrize("vendor", ["gemini", "anthropic"])
-def test_openais_sdk_at_another_vendor(native: Front, key_of, vendor: str) -> None:
-    base = {"gemini": "gemini/v1beta/openai", "anthropic": "anthropic/v1"}[vendor]
-    sdk = openai.OpenAI(base_url=f"{native.haproxy.url}/{base}", api_key=key_of(vendor), max_retries=0)
-    answer = sdk.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hello"}])
-    assert answer.choices[0].message.content == f"Hello from {vendor}"
-    assert native.vendors.last.keys == {"authorization": f"Bearer {KEYS[vendor]}"}
+def test_openais_sdk_at_another_vendor(native: Front, key_of) -> None:
+    for vendor, base in {"gemini": "gemini/v1beta/openai", "anthropic": "anthropic/v1"}.items():
+        sdk = openai.OpenAI(base_url=f"{native.haproxy.url}/{base}", api_key=key_of(vendor), max_retries=0)
+        answer = sdk.chat.completions.create(model="m", messages=HELLO)
+        assert answer.choices[0].message.content == f"Hello from {vendor}"
+        assert native.vendors.last.keys == {"authorization": f"Bearer {KEYS[vendor]}"}
 
 
 def test_a_vendors_error_has_the_sdks_own_type_and_retries(native: Front) -> None:
@@ -101,15 +97,14 @@ def test_a_vendors_error_has_the_sdks_own_type_and_retries(native: Front) -> Non
     assert fail("/openai/v1/status/500") == (openai.InternalServerError, 2)
 
 
-@pytest.fixture(scope="module")
-def whole(gateway: Gateway) -> str:
-    """The base URL of a gateway with its front."""
-    return f"{gateway.url}/v1"
+def at_v1(gateway: Gateway, key: str) -> openai.OpenAI:
+    """OpenAI's SDK with this key at the path for all vendors."""
+    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_list_is_all_that_openais_sdk_needs(whole: str, vendors: Vendors, model: str) -> None:
-    sdk = openai.OpenAI(base_url=whole, api_key=f"sk-{LIST}", max_retries=0)
+def test_a_list_is_all_that_openais_sdk_needs(gateway: Gateway, vendors: Vendors, model: str) -> None:
+    sdk = at_v1(gateway, f"sk-{LIST}")
     prompt = f"with a list {model}"
     messages = [{"role": "user", "content": prompt}]
     assert prompt in sdk.chat.completions.create(model=model, messages=messages).choices[0].message.content
@@ -119,19 +114,15 @@ def test_a_list_is_all_that_openais_sdk_needs(whole: str, vendors: Vendors, mode
     assert {arrived.key for arrived in vendors.seen_with(prompt)} == {f"Bearer {KEYS[vendor_of(model)]}"}
 
 
-def test_embeddings_of_both_vendors_work_with_a_list(whole: str) -> None:
-    sdk = openai.OpenAI(base_url=whole, api_key=LIST, max_retries=0)
-    for model in ("openai/text-embedding-3-small", "gemini-native/gemini-embedding-001"):
+def test_a_list_embeds_and_lists_what_can_be_called(gateway: Gateway) -> None:
+    sdk = at_v1(gateway, LIST)
+    for model in EMBEDDINGS:
         assert sdk.embeddings.create(model=model, input="a text").data[0].embedding
+    assert {*MODELS, "anthropic/anthropic-other"} <= {model.id for model in sdk.models.list()}
 
 
-def test_a_list_is_told_what_can_be_called(whole: str) -> None:
-    listed = [model.id for model in openai.OpenAI(base_url=whole, api_key=LIST).models.list()]
-    assert set(MODELS) <= set(listed)
-    assert "anthropic/anthropic-other" in listed
-
-
-def test_a_bare_key_is_told_what_to_do(whole: str) -> None:
+def test_a_bare_key_is_told_what_to_do(gateway: Gateway) -> None:
+    sdk = at_v1(gateway, "sk-fake")
     with pytest.raises(openai.AuthenticationError, match="Which vendor is this key for"):
-        openai.OpenAI(base_url=whole, api_key="sk-fake", max_retries=0).chat.completions.create(model=MODELS[0], messages=[])
-    assert eventually(lambda: openai.OpenAI(base_url=whole, api_key="sk-fake").models.list().data)
+        sdk.chat.completions.create(model=MODELS[0], messages=[])
+    assert sdk.models.list().data

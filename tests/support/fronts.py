@@ -1,6 +1,7 @@
 """The front with stand-ins on all its sides: a caller before it, a gateway and the vendors' own APIs behind it."""
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from .gateway import HAPROXY, eventually
+from .calls import message
+from .gateway import HAPROXY, wait_for
 from .haproxy import BOTH, HAProxy, Recorder
 from .native_vendors import NativeVendors
 from .network import NameServer
@@ -40,11 +42,37 @@ class Front(NamedTuple):
         """How many calls have arrived behind the front."""
         return len(self.gateway.heads) + len(self.vendors.arrived)
 
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Nothing arrives behind the front meanwhile."""
+        before = self.seen()
+        yield
+        arrived = [*self.gateway.heads[-1:], *self.vendors.arrived[-1:]]
+        assert self.seen() == before, f"Something arrived. The latest: {arrived}"
+
+    def refused(self, status: int, *call: Any, **more: Any) -> str:
+        """What a call is told that is answered with this status, and of which nothing arrives behind the front."""
+        with self.untouched():
+            response = self.call(*call, **more)
+        assert response.status_code == status, response.text
+        return message(response)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[socket.socket]:
+        """A call that the gateway has and does not answer, because it is one that stalls."""
+        with self.haproxy.connect() as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_for(lambda: self.gateway.alive == 1, seen=lambda: self.haproxy.log)
+            yield connection
+
+    def logged(self, **wanted: Any) -> None:
+        """Wait until a call with these fields is in the log."""
+        wait_for(lambda: self.haproxy.lines(**wanted), seen=lambda: f"{wanted} is not in\n{self.haproxy.log}")
+
     def raw(self, head: str, body: bytes = b"") -> tuple[int, bytes]:
         """The status and the rest of the answer to a request of these lines."""
-        lines = head.strip().splitlines()
-        request = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body
-        answer = self.haproxy.raw(request)
+        request = "\r\n".join([*head.strip().splitlines(), "Connection: close", "", ""])
+        answer = self.haproxy.raw(request.encode("latin-1") + body)
         return int(answer.split(b" ", 2)[1]) if answer else 0, answer
 
 
@@ -59,7 +87,7 @@ def front(folder: Path, files: tuple[str, ...] = BOTH, gateway: Recorder | None 
         ):
             if settings.get("EGRESS") != "0":
                 resolved = [f"vendor-{name},address1," for name in NATIVE]
-                assert eventually(lambda: all(up(haproxy, name) for name in resolved)), haproxy.admin("show stat")
+                wait_for(lambda: all(up(haproxy, name) for name in resolved), seen=lambda: haproxy.admin("show stat"))
             yield Front(haproxy, recorder, vendors, client)
 
 
