@@ -88,9 +88,10 @@ def stay(gateway: Gateway, settings: Settings, doors: Doors, output: log.Output,
         match event:
             case "up":
                 is_up = True
-                doors.admit()
-                for sentence in [] if stopping else where_it_is(settings, doors):
-                    output.say(sentence)
+                if not stopping:
+                    doors.admit()
+                    for sentence in where_it_is(settings, doors):
+                        output.say(sentence)
             case "failing":
                 # It would neither serve nor end. A second is enough for what it has to say.
                 is_failing = True

@@ -189,10 +189,11 @@ class OfServer:
 
     def note(self, event: str) -> None:
         """Of several workers each takes calls when it is complete; a single one has its port only in the line that comes last."""
-        self.complete += event == "Application startup complete."
+        complete = event == "Application startup complete."
+        self.complete += complete
         running = event.startswith("Uvicorn running on")
         if self.workers > 1:
-            is_up = self.complete == self.workers and not running
+            is_up = complete and self.complete == self.workers
             self.taking_calls = self.taking_calls or self.complete > 0
         else:
             self.taking_calls = self.taking_calls or running
