@@ -1,8 +1,12 @@
 """The egress door alone, as a sidecar runs it: what the server would get without it, over connections that stay open."""
 
 import contextlib
+import ctypes
 import json
+import os
+import re
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +15,10 @@ import httpx
 import pytest
 from dnslib import RCODE, DNSError, DNSRecord
 from dnslib.server import DNSHandler
+from support.bare_servers import Accepts
 from support.calls import caller, chat, message
 from support.fronts import NEEDS_HAPROXY, up
-from support.gateway import eventually, wait_for
+from support.gateway import eventually, free_port, wait_for
 from support.haproxy import SIDECAR, HAProxy
 from support.network import NameServer, Wire
 from support.vendors import KEYS, VENDORS, Vendors
@@ -21,6 +26,7 @@ from support.vendors import KEYS, VENDORS, Vendors
 pytestmark = NEEDS_HAPROXY
 
 FIELDS = {"time", "door", "to", "status", "ms_total", "end", "why"}
+KEY = {"Authorization": f"Bearer {KEYS['openai']}"}
 BROKE_OFF = "the answer broke off: S by the vendor, s by its silence, C by the caller"
 
 
@@ -55,7 +61,7 @@ def door(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: pyte
 @pytest.fixture(scope="module")
 def server(door: HAProxy) -> Iterator[httpx.Client]:
     """A caller in the server's place."""
-    with caller(door.egress, headers={"Authorization": f"Bearer {KEYS['openai']}"}) as server:
+    with caller(door.egress, headers=KEY) as server:
         yield server
 
 
@@ -242,6 +248,77 @@ def test_while_name_servers_fail_the_last_address_serves_on(vendors: Vendors, tm
             name = VENDORS[host].name
             answer = httpx.post(f"{door.egress}/{name}/v1/models", trust_env=False, timeout=60)
             assert "No connection" not in answer.text, (how, door.admin("show stat"))
+
+
+def sockets_of(pid: int) -> Iterator[socket.socket]:
+    """The TCP connections of a process, as sockets of ours. Source: pidfd_getfd(2), which Python has no function for."""
+    process = os.pidfd_open(pid)
+    try:
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            if os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("socket:"):
+                copy = ctypes.CDLL(None, use_errno=True).syscall(438, process, int(descriptor), 0)
+                if copy < 0:
+                    pytest.skip(f"this machine does not let us see another process's sockets: {os.strerror(ctypes.get_errno())}")
+                with socket.socket(fileno=copy) as found:
+                    if found.family == socket.AF_INET:
+                        yield found
+    finally:
+        os.close(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the option")
+def test_a_connection_whose_network_has_gone_is_ended(door: HAProxy, server: httpx.Client, wire: Wire) -> None:
+    """After 20 s without an acknowledgement, rather than 15 minutes. Probes tell whatever translates addresses that it is in use."""
+    assert ask(server).is_success
+    found = []
+    for each in sockets_of(door.process.pid):
+        with contextlib.suppress(OSError):  # A listening socket is connected to nobody.
+            if each.getpeername()[1] == wire.port:
+                options = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
+                found.append(
+                    [each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+                    + [each.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+                )
+    assert found
+    assert all(options == [1, 20_000, 60, 20] for options in found), found
+
+
+def test_a_vendor_is_tried_at_its_other_address(vendors: Vendors, tmp_path: Path) -> None:
+    """Nobody listens any more at the one that it takes first: the call goes on at once, and its caller learns nothing."""
+    with contextlib.ExitStack() as stack:
+        port = free_port()
+        wires = {each: stack.enter_context(Wire(vendors.tls_port, each, port)) for each in ("127.0.0.1", "127.0.0.2")}
+        environ = settings(stack.enter_context(NameServer(*wires)), port) | {"EGRESS_CA": str(vendors.ca_file)}
+        door = stack.enter_context(HAProxy(tmp_path, SIDECAR, **environ))
+        server = stack.enter_context(caller(door.egress, headers=KEY))
+        addresses = [f"vendor-openai,address{number}," for number in (1, 2)]
+        wait_for(lambda: all(up(door, each) for each in addresses), 20, seen=lambda: door.admin("show stat"))
+        first = re.search(r" address1 (\S+) ", door.admin("show servers state vendor-openai"))
+        assert first
+        wires[first[1]].down()
+        response = ask(server, prompt="at the other address")
+        assert response.is_success, (response.text, door.log)
+        assert len(vendors.seen_with("at the other address")) == 1
+
+
+def test_silence_is_told_as_such(vendors: Vendors, names: NameServer, tmp_path: Path) -> None:
+    """By a vendor that takes the call and says nothing, and by one that does not even speak TLS. Their waits are shorter here."""
+    trusted = {"EGRESS_CA": str(vendors.ca_file)}
+    with HAProxy(tmp_path / "1", SIDECAR, {"timeout server": "1s"}, **settings(names, vendors.tls_port), **trusted) as door:
+        with caller(door.egress, headers=KEY) as server:
+            wait_for(lambda: up(door, "vendor-openai,address1,"), seen=lambda: door.admin("show stat"))
+            response = ask(server, "stall", "said to nobody")
+            assert (response.status_code, message(response)) == (504, "The vendor was silent for too long.")
+            assert response.headers["content-type"] == "application/json"
+            assert len(vendors.seen_with("said to nobody")) == 1
+        why = "timed out: the vendor was silent for too long"
+        wait_for(lambda: door.lines(status=504, end="sH", why=why), 10, seen=lambda: door.log)
+    with Accepts() as silent, HAProxy(tmp_path / "2", SIDECAR, {"timeout connect": "3s"}, **settings(names, silent.port)) as door:
+        with caller(door.egress, headers=KEY) as server:
+            wait_for(lambda: up(door, "vendor-openai,address1,"), seen=lambda: door.admin("show stat"))
+            assert "No connection to the vendor" in message(ask(server))
+        why = "timed out: the vendor could not be reached"
+        wait_for(lambda: door.lines(status=503, end="sC", why=why), 10, seen=lambda: door.log)
 
 
 @pytest.mark.parametrize("wrong", ["name", "authority", "not one of the system's"])

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import socket
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,10 +26,13 @@ class HAProxy:
     """HAProxy with some of the files that ship and some settings. A context manager.
 
     `url` is the front's address, `egress` the egress door's. It is started in another folder than its configuration's.
+    `waits` are shorter ones than those that ship, such as {"timeout server": "1s"}: each is in the files once.
     """
 
-    def __init__(self, folder: Path, files: tuple[str, ...] = BOTH, **settings: str) -> None:
-        self.folder, self.files = folder, files
+    def __init__(
+        self, folder: Path, files: tuple[str, ...] = BOTH, waits: Mapping[str, str] | None = None, **settings: str
+    ) -> None:
+        self.folder, self.files, self.waits = folder, files, waits or {}
         self.log_file, self.socket = folder / "haproxy.log", folder / "admin"
         self.port, self.egress_port = free_port(), free_port()
         self.url = f"{'https' if 'FRONT_CRT' in settings else 'http'}://127.0.0.1:{self.port}"
@@ -40,12 +45,26 @@ class HAProxy:
 
     def start(self, mode: str = "-db", **more: Any) -> None:
         """Start the process, and wait for nothing. `more` goes to Popen. With `-c` it checks the files and exits."""
-        command = [HAPROXY, mode, *(word for name in self.files for word in ("-f", str(CONFIGURATION / f"{name}.cfg")))]
         self.folder.mkdir(exist_ok=True)
+        configuration = self.with_shorter_waits() if self.waits else CONFIGURATION
+        command = [HAPROXY, mode, *(word for name in self.files for word in ("-f", str(configuration / f"{name}.cfg")))]
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=clean_environ(self.folder, **self.settings), stdout=log, stderr=log, **more
             )
+
+    def with_shorter_waits(self) -> Path:
+        """A copy of the configuration, beside a link to the page."""
+        copy = shutil.copytree(CONFIGURATION, self.folder / "haproxy")
+        (self.folder / "page").symlink_to(CONFIGURATION.parent / "page")
+        left = dict(self.waits)
+        for name in self.files:
+            text = (copy / f"{name}.cfg").read_text()
+            for what in [what for what in left if re.search(rf"^ *{what} \S+$", text, re.MULTILINE)]:
+                text = re.sub(rf"^( *{what}) \S+$", rf"\1 {left.pop(what)}", text, count=1, flags=re.MULTILINE)
+            (copy / f"{name}.cfg").write_text(text)
+        assert not left, left
+        return copy
 
     def __enter__(self) -> Self:
         self.start()

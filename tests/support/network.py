@@ -14,11 +14,11 @@ from .vendors import InBackground, pump
 class NameServer(BaseResolver):
     """A DNS server that gives the IPv4 address `address` for every name. A context manager; change `address` at will.
 
-    Where `address` is None, no name exists.
+    Where `address` is None, no name exists. `more` are further addresses of every name.
     """
 
-    def __init__(self, address: str | None = "127.0.0.1") -> None:
-        self.address = address
+    def __init__(self, address: str | None = "127.0.0.1", *more: str) -> None:
+        self.address, self.more = address, more
 
     def resolve(self, request: DNSRecord, handler: DNSHandler) -> DNSRecord:
         """The answer to one query: no record unless an A record is asked for."""
@@ -26,7 +26,8 @@ class NameServer(BaseResolver):
         if self.address is None:
             reply.header.rcode = RCODE.NXDOMAIN
         elif request.q.qtype == QTYPE.A:
-            reply.add_answer(RR(request.q.qname, QTYPE.A, rdata=A(self.address), ttl=1))
+            for address in (self.address, *self.more):
+                reply.add_answer(RR(request.q.qname, QTYPE.A, rdata=A(address), ttl=1))
         return reply
 
     def __enter__(self) -> Self:
