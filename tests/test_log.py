@@ -1,6 +1,7 @@
 """The gateway's log: a line for each call, a reason for each that failed, and nothing else that a caller or a vendor wrote."""
 
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -130,6 +131,13 @@ def test_a_failed_call_has_a_reason(gateway: Gateway) -> None:
             before = sentences(gateway).count(words["openai/status-429"])
             client.post("/v1/responses", headers=ALL_KEYS, json=responses("openai/status-429", stream=stream))
             wait_for(lambda b=before: sentences(gateway).count(words["openai/status-429"]) == b + 1, 30, seen=lambda: gateway.log)
+
+
+def test_what_is_no_call_is_in_it_too(gateway: Gateway) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port)) as caller:
+        caller.sendall(b"no call\r\n\r\n")
+    said = "no complete request" if gateway.settings.get("FRONT") != "0" else "Invalid HTTP request received."
+    wait_for(lambda: said in gateway.log, 30, seen=lambda: gateway.log)
 
 
 def test_it_says_that_the_gateway_starts_and_last_what_to_paste(gateway: Gateway) -> None:

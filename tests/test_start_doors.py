@@ -4,13 +4,14 @@ A HAProxy that only says its version and how it was started stands in for one, s
 """
 
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, refused
+from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, refused, wait_for
 
 PROXY = {"HTTPS_PROXY": "http://ann:fake-secret@proxy.example:3128"}
 NEW = "HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https://haproxy.org/"
@@ -20,6 +21,14 @@ NONE = ""
 MISSING = "HAProxy 2.6 or later is not installed: keys in the header only, no native paths, no page. sudo apt-get install haproxy"
 THROUGH_A_PROXY = "HTTPS_PROXY is set, and HAProxy cannot go through another proxy: no egress door, no native paths."
 EGRESS, FRONT = "egress.cfg", "front.cfg"
+
+# Where systems keep all CAs in one file: Debian, Fedora, openSUSE, Alpine and macOS.
+BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
 
 
 class Row(NamedTuple):
@@ -77,17 +86,31 @@ def test_which_doors_open(tmp_path: Path, row: Row) -> None:
 
 
 @pytest.mark.parametrize(
-    "version", ["HA-Proxy version 1.8.8", "HA-Proxy version 2.2.9-2+deb11u6 2023/08/17", OLD, "", "no version 9"], ids=str
+    ("version", "demand"),
+    [
+        ("HA-Proxy version 1.8.8", "FRONT=1"),
+        ("HA-Proxy version 2.2.9-2+deb11u6 2023/08/17", "EGRESS=1"),
+        (OLD, "FRONT=yes"),
+        (NONE, "EGRESS=true"),
+        ("no version 9", "FRONT=1"),
+    ],
 )
-@pytest.mark.parametrize("door", ["FRONT", "EGRESS"])
-def test_a_door_that_is_demanded_needs_a_new_haproxy(tmp_path: Path, version: str, door: str) -> None:
-    said = refused(tmp_path, PATH=path_with(tmp_path, version), **{door: "1"})
+def test_a_door_that_is_demanded_needs_a_new_haproxy(tmp_path: Path, version: str, demand: str) -> None:
+    door, value = demand.split("=")
+    said = refused(tmp_path, PATH=path_with(tmp_path, version), **{door: value})
     assert said.startswith(f"{door}=1 needs HAProxy 2.6 or later. Install it: sudo apt-get install haproxy (Debian, Ubuntu), ")
     assert said.endswith(f"sudo dnf install haproxy (Fedora), brew install haproxy (macOS). Or start with {door}=0.\n")
 
 
-@pytest.mark.parametrize("version", ["HAProxy version 2.6.0", "HAProxy version 2.10.1", "HAProxy version 3.0.5-8e879a5"], ids=str)
-@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("HAProxy version 2.6.0", "HTTPS_PROXY"),
+        ("HAProxy version 2.10.1", "https_proxy"),
+        ("HAProxy version 3.0.5-8e879a5", "ALL_PROXY"),
+        (NEW, "all_proxy"),
+    ],
+)
 def test_an_egress_door_that_is_demanded_cannot_go_through_a_proxy(tmp_path: Path, version: str, name: str) -> None:
     """Which is the next thing that is refused, where HAProxy is new enough."""
     said = refused(tmp_path, PATH=path_with(tmp_path, version), EGRESS="1", **{name: PROXY["HTTPS_PROXY"]})
@@ -102,6 +125,40 @@ def test_the_egress_port_is_the_next_one_and_can_be_another(tmp_path: Path) -> N
         taken = f"Port {port + 1}, where the egress door is to listen, is in use. Choose another with EGRESS_PORT.\n"
         assert refused(tmp_path, PATH=path, LLAMA_STACK_PORT=str(port)) == taken
         assert refused(tmp_path, PATH=path, EGRESS_PORT=str(port + 1)) == taken
+        said = refused(tmp_path, PATH=path, EGRESS="0", EGRESS_PORT=str(port + 1), LLAMA_STACK_PORT=str(port + 1))
+        assert said.startswith(f"Port {port + 1} is in use."), "the port of a door that is not wanted is nobody's business"
+
+
+def test_haproxy_trusts_whom_the_operator_trusts(tmp_path: Path) -> None:
+    """And with nothing set a bundle of the system's, where it has one: without, HAProxy finds CAs on Debian only."""
+    path, ran = path_with(tmp_path, NEW), tmp_path / "ran"
+
+    def trusted(**settings: str) -> str | None:
+        ran.unlink(missing_ok=True)
+        Gateway(tmp_path, PATH=path, **settings).environ_at_start(ran.exists)
+        return dict(line.split("=", 1) for line in (tmp_path / "had").read_text().splitlines()).get("EGRESS_CA")
+
+    bundles = [file for file in BUNDLES if Path(file).exists()]
+    assert trusted() == (bundles[0] if bundles else None)
+    assert trusted(SSL_CERT_DIR="/hashed") == "/hashed"
+    assert trusted(SSL_CERT_DIR="/hashed", SSL_CERT_FILE="/bundle") == "/bundle"
+    assert trusted(SSL_CERT_FILE="/bundle", EGRESS_CA="/vendors") == "/vendors"
+
+
+def test_ctrl_c_while_there_is_nothing_to_end_is_no_traceback(tmp_path: Path) -> None:
+    """While it looks for HAProxy, say."""
+    path = path_with(tmp_path, NEW)
+    stub, asked = tmp_path / "tools" / "haproxy", tmp_path / "asked"
+    stub.write_text(f"#!/bin/sh\ntouch '{asked}'\nexec sleep 60\n")
+    gateway = Gateway(tmp_path, PATH=path)
+    gateway.launch()
+    try:
+        wait_for(asked.exists, seen=lambda: gateway.log)
+        gateway.process.send_signal(signal.SIGINT)
+        assert gateway.process.wait(20) == -signal.SIGINT
+        assert gateway.log == ""
+    finally:
+        gateway.stop(0)
 
 
 def test_haproxy_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:

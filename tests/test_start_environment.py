@@ -63,7 +63,7 @@ def test_the_vendors_and_whom_the_operator_names_are_reached_and_nobody_else(tmp
         GEMINI_PASSTHROUGH_URL="https://ann:secret@[::1]:9102/v1beta",
         ANTHROPIC_PASSTHROUGH_URL="http://localhost",
         AUTH_JWKS_URI="https://id.example.com:8443/jwks",
-        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:4318",
+        OTEL_EXPORTER_OTLP_ENDPOINT="http://[::1]:4318",
         NO_PROXY="mcp.example.com",
         **ALONE,
     )

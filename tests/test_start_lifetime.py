@@ -31,6 +31,7 @@ from support.gateway import (
     family,
     free_port,
     listening,
+    make_environ,
     one_cpu,
     wait_for,
 )
@@ -200,6 +201,16 @@ def test_a_closed_terminal_leaves_nothing(tmp_path: Path) -> None:
         assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_a_make_that_is_told_to_end_takes_the_gateway_along(tmp_path: Path) -> None:
+    """By its process id alone, as a supervisor does."""
+    environ = make_environ(tmp_path)
+    packages = {name: environ[name] for name in ("PATH", "UV_PROJECT_ENVIRONMENT")}
+    with just_begun(tmp_path, ("make", "server"), **packages) as gateway:
+        gateway.gateway.process.terminate()
+        gateway.gateway.process.wait(20)
+        gateway.assert_gone()
+
+
 def test_nohup_outlives_the_terminal(tmp_path: Path) -> None:
     with just_begun(tmp_path, ("sh", "-c", f"trap '' HUP; exec {SHELL}")) as gateway:
         gateway.named["start"].send_signal(signal.SIGHUP)
@@ -360,7 +371,7 @@ def test_what_the_server_says_when_it_cannot_start_is_shown(
     with one_cpu():
         gateway.launch()
         try:
-            assert gateway.process.wait(120) == 2
+            assert gateway.process.wait(60) == 2
         finally:
             gateway.stop()
     fault = f"run.yaml names an unknown provider, {workers} worker{'s' * (workers > '1')}"

@@ -50,7 +50,7 @@ def test_each_reason_has_its_words(tmp_path: Path) -> None:
 def test_the_way_is_the_servers_own(tmp_path: Path, vendors: Vendors) -> None:
     """Through the proxy that is demanded, but for whom NO_PROXY names, and with the CAs that it trusts."""
     proxy = vendors.environ()
-    refuses = f"http://127.0.0.1:{free_port()}"
+    refuses = f"127.0.0.1:{free_port()}"  # Which is http:// to the server too.
     said = told(
         tmp_path,
         "Calls to id.example.com will fail: the proxy of HTTPS_PROXY does not let it through.",

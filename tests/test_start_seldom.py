@@ -174,6 +174,18 @@ def test_behind_a_front_the_server_is_for_this_machine_alone(begun: Gateway) -> 
 
 
 @needs_haproxy
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_every_address_is_every_one_of_ipv4_as_well(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path, LLAMA_STACK_HOST="::", **BOTH_DOORS)
+
+    def connected() -> bool:
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", gateway.port)) == 0
+
+    assert gateway.environ_at_start(connected)
+
+
+@needs_haproxy
 def test_nobody_else_finds_haproxys_admin_socket(begun: Gateway) -> None:
     assert not [path for path in begun.home.rglob("*") if path.is_socket()]
 

@@ -31,6 +31,7 @@ WRONG = {
     "LLAMA_STACK_LOG_FORMAT": ("only the lines of json can be cleared", "console", "JSON"),
     "LLAMA_STACK_LOG_FILE": ("callers' keys and prompts would be written there", "/tmp/log"),
     "NO_PROXY": ("a call could then lead the server to any address", "*", "a.example, *"),
+    "no_proxy": ("a call could then lead the server to any address", "*"),
     "OPENAI_PASSTHROUGH_URL": (
         A_URL,
         "api.openai.com",
@@ -46,6 +47,7 @@ WRONG = {
         "HTTPS://id.example.com",
         "https://id.example.com/jwks?tenant=1",
         "https://a,b.example",
+        "https://a.example:0",
     ),
     "OTEL_EXPORTER_OTLP_ENDPOINT": ("name the collector's host", "http://10.0.0.1:4318", "http://[fd00::1]:4318"),
     "LLAMA_STACK_CORS_ORIGIN": (
@@ -100,6 +102,7 @@ RIGHT = [
     {"LLAMA_STACK_HOSTS": "gateway.example a-b.example,c", "LLAMA_STACK_CORS_ORIGIN": "https://chat.example.com:8443"},
     {"LLAMA_STACK_CORS_ORIGIN": "chrome-extension://abcdef", "NO_PROXY": "*.example.com,10.0.0.1"},
     {"OPENAI_PASSTHROUGH_URL": "https://ann:secret@a.example:8443/openai", "GEMINI_PASSTHROUGH_URL": "http://[::1]:1/v1beta"},
+    {"EGRESS_PORT": "1024"},
     {"AUTH_JWKS_URI": "https://id.example.com/jwks", "AUTH_ISSUER": "x", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"},
     dict.fromkeys((*WRONG, "HTTPS_PROXY", "SQLITE_STORE_DIR", "LLAMA_STACK_TLS_CERTFILE", "AUTH_ISSUER", "AUTH_AUDIENCE"), ""),
     ALIKE,
@@ -121,10 +124,15 @@ def test_a_value_that_cannot_work_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_name_that_is_nearly_one_of_ours_is_refused(tmp_path: Path) -> None:
     said = refused(
-        tmp_path, MISTRAL_PASSTHROUGH_URL="https://x", OTEL_EXPORTER_OTLP_TRACES_ENDPOINT="x", **dict.fromkeys(MISSPELT, "x")
+        tmp_path,
+        MISTRAL_PASSTHROUGH_URL="https://x",
+        OTEL_EXPORTER_OTLP_METRICS_ENDPOINT="x",
+        OTEL_EXPORTER_OTLP_TRACES_ENDPOINT="x",
+        **dict.fromkeys(MISSPELT, "x"),
     )
     expected = {f"{name} is not a setting. Is {ours} meant?" for name, ours in MISSPELT.items()} | {
         f"MISTRAL_PASSTHROUGH_URL is not a setting: no provider in run.yaml reads it. There are {', '.join(VENDORS)}.",
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is not a setting: one collector is sent all, OTEL_EXPORTER_OTLP_ENDPOINT.",
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is not a setting: one collector is sent all, OTEL_EXPORTER_OTLP_ENDPOINT.",
     }
     assert set(said.splitlines()) == expected
@@ -243,9 +251,14 @@ def test_of_env_file_the_port_alone_is_read(tmp_path: Path, project: Path) -> No
         assert refused(tmp_path, project, LLAMA_STACK_PORT="") == f"LLAMA_STACK_PORT is '{port}': {A_PORT}. {TO_ANSWER_ON_80}\n"
     assert "is '79'" in refused(tmp_path, project, LLAMA_STACK_PORT="79")
     (project / ".env").write_text(f"LLAMA_STACK_PORT=\nOPENAI_API_KEY=sk-fake-in-the-file\n{others}")
-    said = refused(tmp_path, project, LLAMA_STACK_PORT="", EGRESS="1", HTTPS_PROXY="http://127.0.0.1:9")  # Refused for that.
+    demanded = {"LLAMA_STACK_PORT": "", "EGRESS": "1", "HTTPS_PROXY": "http://127.0.0.1:9"}  # Refused for that.
+    said = refused(tmp_path, project, **demanded)
     assert "sk-fake" not in said
     assert "LLAMA_STACK_PORT" not in said
+    (project / ".env").write_bytes(b"OPENAI_API_KEY=\xff\n")
+    assert refused(tmp_path, project, **demanded) == said
+    # The project's folder may be somebody else's. What it starts with, Python itself keeps.
+    assert {file.name.partition(".")[0] for file in project.rglob("*.pyc")} <= {"__main__"}
 
 
 TO_ANSWER_ON_80 = "To answer on 80 or 443, put a balancer in front (deploy/README.md)."
@@ -291,8 +304,19 @@ def test_what_should_not_surprise_is_said(tmp_path: Path) -> None:
     }
     open_to_all = Gateway(tmp_path / "all", LLAMA_STACK_HOST="0.0.0.0", OTEL_EXPORTER_OTLP_ENDPOINT="http://d.test", **ALONE)
     with_tokens = Gateway(tmp_path / "tokens", LLAMA_STACK_HOST="0.0.0.0", **named, **ALONE)
+    for_us_alone = Gateway(
+        tmp_path / "us",
+        LLAMA_STACK_HOST="127.0.0.2",
+        HTTPS_PROXY="http://p.invalid",
+        OPENAI_PASSTHROUGH_URL="https://a.test",
+        **ALONE,
+    )
     for gateway in (open_to_all, with_tokens):
         gateway.environ_at_start()
+    for_us_alone.environ_at_start(lambda: "no name server knows the proxy's name" in for_us_alone.log)
+    assert "this machine" not in for_us_alone.log
+    assert "may fail" not in for_us_alone.log, "it is known where each provider of run.yaml connects to"
+    assert "names no port" not in for_us_alone.log, "the proxy decides"
     everybody = "Whoever can reach this machine can use the gateway: no token is demanded (AUTH_JWKS_URI)."
     assert everybody in open_to_all.log
     assert everybody not in with_tokens.log
