@@ -41,7 +41,7 @@ test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
 	$(call first,160)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
-	$(UV) run --group dev --group deploy --group browser pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(UV) run --group dev --group deploy --group browser pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 image: $(UV)  ## build the container image with podman, run it and ask every model through it
 	$(UV) run --group dev pytest tests/test_image.py -m slow -s
