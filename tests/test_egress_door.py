@@ -18,7 +18,7 @@ from dnslib.server import DNSHandler
 from support.bare_servers import Accepts
 from support.calls import caller, chat, message
 from support.fronts import NEEDS_HAPROXY, up
-from support.gateway import eventually, free_port, wait_for
+from support.gateway import free_port, wait_for
 from support.haproxy import SIDECAR, HAProxy
 from support.network import NameServer, Wire
 from support.vendors import KEYS, VENDORS, Vendors
@@ -54,7 +54,7 @@ def door(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: pyte
     """The egress door."""
     environ = settings(names, wire.port) | {"EGRESS_CA": str(vendors.ca_file)}
     with HAProxy(tmp_path_factory.mktemp("door"), SIDECAR, **environ) as door:
-        assert eventually(lambda: all(up(door, f"vendor-{name},address1,") for name in KEYS))
+        wait_for(lambda: all(up(door, f"vendor-{name},address1,") for name in KEYS), seen=lambda: door.admin("show stat"))
         yield door
 
 
@@ -120,7 +120,7 @@ def test_a_caller_that_hangs_up_ends_the_vendors_work(server: httpx.Client, vend
         next(lines)
         during = vendors.streaming
         assert during
-    assert eventually(lambda: vendors.streaming < during)
+    wait_for(lambda: vendors.streaming < during, seen=lambda: vendors.streaming)
 
 
 def test_a_caller_that_hangs_up_before_the_vendor_answers_ends_its_work_too(
@@ -131,11 +131,11 @@ def test_a_caller_that_hangs_up_before_the_vendor_answers_ends_its_work_too(
     head = f"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['openai']}\r\n"
     with socket.create_connection(("127.0.0.1", door.egress_port)) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        assert eventually(lambda: vendors.seen_with("hang up before the answer"))
+        wait_for(lambda: vendors.seen_with("hang up before the answer"), seen=lambda: door.log)
         alive = wire.alive
-    assert eventually(lambda: wire.alive < alive)
+    wait_for(lambda: wire.alive < alive, seen=lambda: wire.alive)
     assert wire.opened <= opened + 1
-    assert eventually(lambda: door.lines(why="the caller hung up before the vendor answered"))
+    door.logged(why="the caller hung up before the vendor answered")
 
 
 def test_a_call_that_the_vendor_may_have_seen_is_not_sent_again(
@@ -163,9 +163,9 @@ def test_a_call_that_the_vendor_may_have_seen_is_not_sent_again(
 def test_it_survives_a_restart_of_the_vendor(server: httpx.Client, door: HAProxy, wire: Wire) -> None:
     assert ask(server).is_success
     wire.down()
-    assert eventually(lambda: ask(server).status_code == 503)
+    wait_for(lambda: ask(server).status_code == 503, seen=lambda: door.log)
     assert "No connection to the vendor" in message(ask(server))
-    assert eventually(lambda: door.lines(to="vendor-openai", status=503, end="SC", why="the vendor refused the connection"))
+    door.logged(to="vendor-openai", status=503, end="SC", why="the vendor refused the connection")
     wire.up()
     assert ask(server).is_success
 
@@ -179,7 +179,7 @@ def test_a_failed_call_is_logged_with_the_reason_and_nothing_of_it(server: httpx
     wire.fault = "no answer"
     with contextlib.suppress(httpx.RemoteProtocolError):
         server.post("/openai/v1/chat/completions?key=private-words", json=chat("gpt-4o", "private words"))
-    assert eventually(lambda: door.lines(end="SH", why="the vendor closed the connection before it answered"))
+    door.logged(end="SH", why="the vendor closed the connection before it answered")
     assert door.lines(to="vendor-openai", status=200, end="SD", why=BROKE_OFF)
     for status in (429, 500):
         assert door.lines(to="vendor-openai", status=status, end="--", why="the vendor answered so")
@@ -192,7 +192,7 @@ def test_a_failed_call_is_logged_with_the_reason_and_nothing_of_it(server: httpx
 def test_a_vendor_that_no_name_server_knows_is_a_reason_too(tmp_path: Path) -> None:
     with NameServer(None) as nobody, HAProxy(tmp_path, SIDECAR, **settings(nobody, 9)) as door, caller(door.egress) as server:
         assert ask(server).status_code == 503
-        assert eventually(lambda: door.lines(end="SC", why="no name server knows an address of the vendor"))
+        door.logged(end="SC", why="no name server knows an address of the vendor")
 
 
 class Failing(NameServer):
@@ -239,7 +239,9 @@ def test_while_name_servers_fail_the_last_address_serves_on(vendors: Vendors, tm
         places = [(*door, host) for door in doors for host in VENDORS]
         cases = [(*place, how) for place, how in zip(places, FAILURES, strict=False)]
         for _, door in doors:
-            assert eventually(lambda d=door: all(up(d, f"vendor-{name},address1,") for name in KEYS)), door.admin("show stat")
+            wait_for(
+                lambda d=door: all(up(d, f"vendor-{name},address1,") for name in KEYS), seen=lambda d=door: d.admin("show stat")
+            )
         for names, _, host, how in cases:
             names.failures[host] = FAILURES[how][0]
             names.asked.clear()
@@ -329,8 +331,9 @@ def test_a_wrong_certificate_is_refused(wrong: str, vendors: Vendors, names: Nam
         environ = settings(names, others.tls_port) | trusted.get(wrong, {})
         why = "no safe connection, certificate verify failed"
         with HAProxy(tmp_path, SIDECAR, **environ) as door, caller(door.egress) as server:
-            assert eventually(
-                lambda: ask(server).status_code == 503 and door.lines(to="vendor-openai", status=503, end="SC", why=why)
+            wait_for(
+                lambda: ask(server).status_code == 503 and door.lines(to="vendor-openai", status=503, end="SC", why=why),
+                seen=lambda: door.log,
             )
         assert not others.seen
 

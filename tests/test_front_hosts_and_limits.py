@@ -142,7 +142,7 @@ def test_no_redirect_gets_out(plain: Front, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_body_beyond_the_limit_is_refused_and_an_image_is_not(plain: Front) -> None:
     assert "50000000" in plain.refused(413, "/v1/responses", LIST, content=bytes(50_000_001))
-    plain.logged(status=413, why="a body that is too long")
+    plain.haproxy.logged(status=413, why="a body that is too long")
     assert plain.call("/v1/responses", LIST, content=bytes(50_000_000)).status_code == 200
 
 
@@ -273,7 +273,7 @@ def test_who_hangs_up_frees_the_gateway(plain: Front, monkeypatch: pytest.Monkey
     with plain.waiting():
         pass
     wait_for(lambda: plain.gateway.alive == 0, seen=lambda: plain.haproxy.log)
-    plain.logged(why="the caller hung up before the server answered")
+    plain.haproxy.logged(why="the caller hung up before the server answered")
 
 
 def test_a_call_that_a_gateway_may_have_seen_is_not_sent_again(plain: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def test_each_answer_tells_pages_and_the_log_what_it_is(
         assert "Origin" in response.headers["vary"]
         assert response.headers["content-security-policy"] == "sandbox; default-src 'none'"
         assert response.headers["x-content-type-options"] == "nosniff"
-    plain.logged(status=status, why=why, path=path)
+    plain.haproxy.logged(status=status, why=why, path=path)
 
 
 def test_a_page_can_read_a_servers_error(plain: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_what_a_page_asks_beforehand_is_answered(plain: Front, path: str) -> Non
     assert response.headers["access-control-allow-headers"] == named
     assert {"GET", "POST", "DELETE"} <= set(response.headers["access-control-allow-methods"].split(", "))
     assert not [name for name in refused.headers if name.startswith("access-control")]
-    plain.logged(status=403, why="closed to this caller", path=path)
+    plain.haproxy.logged(status=403, why="closed to this caller", path=path)
 
 
 # The page.
@@ -413,10 +413,10 @@ def test_each_call_is_a_line_of_the_log(plain: Front) -> None:
     plain.call("/v1/chat/completions?key=secret-in-url", LIST | {"X-Secret": "secret-in-header"}, content=b"secret-in-body")
     plain.call("/openai/v1/status/404?a=secret-in-url", {"Authorization": "Bearer sk-secret"})
     plain.call(f"/v1/{'long' * 100}", method="GET")
-    plain.logged(path=f"/v1/{'long' * 49}")
-    plain.logged(path="/openai/v1/status/404")
+    plain.haproxy.logged(path=f"/v1/{'long' * 49}")
+    plain.haproxy.logged(path="/openai/v1/status/404")
     call = {"path": CHAT, "method": "POST", "status": 200, "to": "gateways", "door": "front"}
-    plain.logged(**call, client="127.0.0.1", why="-", end="--")
+    plain.haproxy.logged(**call, client="127.0.0.1", why="-", end="--")
     (called, *_) = plain.haproxy.lines(**call)
     assert set(called) == FIELDS
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", called["time"])
@@ -458,7 +458,7 @@ def test_no_line_of_the_log_is_a_callers(plain: Front, line: str) -> None:
 
 def test_a_line_for_what_is_no_request(plain: Front) -> None:
     plain.haproxy.raw(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
-    plain.logged(status=400, why="no complete request", method="-")
+    plain.haproxy.logged(status=400, why="no complete request", method="-")
 
 
 # Start and end.
@@ -491,7 +491,7 @@ def test_a_server_that_is_gone_is_told_at_once(tmp_path: Path) -> None:
         began = time.monotonic()
         assert "takes no calls" in gone.refused(503, CHAT, LIST)
         assert time.monotonic() - began < 2
-        gone.logged(why="no server took the call")
+        gone.haproxy.logged(why="no server took the call")
 
 
 def test_sockets_can_be_inherited(tmp_path: Path) -> None:

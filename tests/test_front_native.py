@@ -158,7 +158,7 @@ def test_a_vendors_error_passes_after_one_attempt_and_leaves_the_connection_open
         assert message(response) == f"The vendor says {status}."
         assert "x-should-retry" not in response.headers
         assert len(native.vendors.arrived) == before + 1
-        native.logged(door="front", to=f"vendor-{vendor}", status=status, why="the vendor answered so")
+        native.haproxy.logged(door="front", to=f"vendor-{vendor}", status=status, why="the vendor answered so")
         own = native.call("/v1/chat/completions", content=b"")
         assert own.status_code == 401
         for answered in (response, own):
@@ -262,7 +262,7 @@ def test_who_hangs_up_ends_the_vendors_work(native: Front) -> None:
         connection.sendall(b"POST /anthropic/silent HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
         wait_for(lambda: native.vendors.waiting == 1)
     wait_for(lambda: native.vendors.waiting == 0)
-    native.logged(path="/anthropic/silent", why="the caller hung up before the vendor answered")
+    native.haproxy.logged(path="/anthropic/silent", why="the caller hung up before the vendor answered")
 
 
 def test_many_calls_at_once_are_answered(native: Front) -> None:
@@ -295,10 +295,10 @@ def test_a_closed_path_says_why_and_the_server_reaches_the_vendor(
 def test_a_vendor_that_cannot_be_reached_is_told_and_its_reason_logged(tmp_path: Path) -> None:
     with front(tmp_path, EGRESS_VENDOR_PORT="9") as native:
         assert "No connection to the vendor" in native.refused(503, NATIVE["openai"], KEY)
-        native.logged(door="front", status=503, why="the vendor refused the connection")
+        native.haproxy.logged(door="front", status=503, why="the vendor refused the connection")
 
 
 def test_an_answer_that_breaks_off_is_seen_in_the_log(native: Front) -> None:
     with contextlib.suppress(httpx.RemoteProtocolError):
         assert native.call("/openai/v1/cut", KEY).status_code == 200
-    native.logged(path="/openai/v1/cut", status=200, end="SD")
+    native.haproxy.logged(path="/openai/v1/cut", status=200, end="SD")

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.calls import ALL_KEYS, CHAT, MODELS, chat, events
-from support.gateway import PROJECT, Gateway, eventually, free_port
+from support.gateway import PROJECT, Gateway, free_port, wait_for
 from support.image import commands, copied, environ, handed, lay_out, matches, stages, values
 from support.vendors import Vendors
 
@@ -182,7 +182,7 @@ def test_as_the_first_process_it_reaps_what_others_leave(image: Gateway) -> None
         names = inside(image, "sh", "-c", "grep -h ^Name: /proc/[0-9]*/status", check=False).split()[1::2]
         return [name for name in names if name == "sleep"]
 
-    assert eventually(lambda: not left(), 20), f"the start has not reaped {left()}"
+    wait_for(lambda: not left(), 20, seen=left)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 from support.calls import ALL_KEYS, CHAT, MODELS, chat, vendor_of
-from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, eventually, free_port, listening
+from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, listening, wait_for
 from support.image import environ, lay_out, stages, values
 from support.network import NameServer
 from support.vendors import KEYS, VENDORS, Vendors
@@ -300,7 +300,7 @@ def pod(whole: Manifests, vendors: Vendors, tmp_path_factory: pytest.TempPathFac
     if not HAPROXY:
         pytest.skip("HAProxy is not installed (Debian: apt-get install haproxy)")
     with NameServer() as names, Pod(whole, tmp_path_factory.mktemp("pod"), vendors, names) as pod:
-        assert eventually(lambda: pod.probe("gateway", "readinessProbe").is_success, 30)
+        wait_for(lambda: pod.probe("gateway", "readinessProbe").is_success, 30)
         yield pod
 
 
@@ -329,8 +329,10 @@ def test_a_call_to_the_service_goes_through_both_doors(pod: Pod, model: str) -> 
     # The egress door logs only what failed.
     failing = pod.call(CHAT, headers=ALL_KEYS, json=chat(f"{vendor_of(model)}/status-500"))
     assert failing.status_code == 500
-    assert eventually(lambda: [line for line in pod.log("egress") if line["to"] == f"vendor-{vendor_of(model)}"], 10)
-    assert eventually(lambda: [line for line in pod.log("front") if line["to"] == "gateways" and line["status"] == 500], 10)
+    wait_for(lambda: f"vendor-{vendor_of(model)}" in [line["to"] for line in pod.log("egress")], seen=lambda: pod.log("egress"))
+    wait_for(
+        lambda: ("gateways", 500) in [(line["to"], line["status"]) for line in pod.log("front")], seen=lambda: pod.log("front")
+    )
 
 
 def test_a_native_path_and_the_page_are_there(pod: Pod) -> None:

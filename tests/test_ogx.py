@@ -22,7 +22,7 @@ import trustme
 import yaml
 from support.calls import ALL_KEYS, CHAT, EMBEDDINGS, HELLO, MODELS, caller, chat, events, message, responses, vendor_of
 from support.exchanges import Run, exchanges
-from support.gateway import PROVIDER_DATA, Gateway, clean_environ, copy_project, eventually, free_port, in_memory
+from support.gateway import PROVIDER_DATA, Gateway, clean_environ, copy_project, free_port, in_memory, wait_for
 from support.services import ISSUER, Services
 from support.vendors import KEYS, Vendors
 
@@ -158,7 +158,7 @@ def test_a_stream_whose_caller_hangs_up_ends_at_the_vendor(client: httpx.Client,
         lines = answer.iter_lines()
         next(lines)
         assert vendors.streaming == before + 1
-    assert eventually(lambda: vendors.streaming == before, 2)
+    wait_for(lambda: vendors.streaming == before, 2, seen=lambda: vendors.streaming)
 
 
 # What is worse
@@ -250,7 +250,8 @@ def test_a_wrong_run_yaml_hangs(ogx: Path, vendors: Vendors, tmp_path: Path) -> 
     run = [ogx / "venv/bin/ogx", "run", wrong, "--insecure", "--port", str(free_port())]
     with (tmp_path / "log").open("w+") as log, subprocess.Popen(run, env=environ, stdout=log, stderr=log) as process:
         try:
-            assert eventually(lambda: "Application startup failed. Exiting." in (tmp_path / "log").read_text(), 60)
+            said = (tmp_path / "log").read_text
+            wait_for(lambda: "Application startup failed. Exiting." in said(), seen=said)
             time.sleep(2)
             assert process.poll() is None
         finally:

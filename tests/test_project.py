@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.calls import caller, chat
-from support.gateway import HAPROXY, PROJECT, alive, clean_environ, eventually, wait_for
+from support.gateway import HAPROXY, PROJECT, alive, clean_environ, wait_for
 from support.terminal import Terminal
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
@@ -92,7 +92,7 @@ def test_demo_leaves_nothing_running_when_it_is_interrupted(tmp_path: Path, numb
     else:  # and kill one process.
         demo.send_signal(number)
     assert demo.wait(60) != 0
-    assert eventually(lambda: not any(map(arguments, started))), f"still running: {list(filter(None, map(arguments, started)))}"
+    wait_for(lambda: not any(map(arguments, started)), seen=lambda: list(filter(None, map(arguments, started))))
 
 
 def test_advisories_that_cannot_be_had_are_a_sentence(tmp_path: Path) -> None:
@@ -120,4 +120,4 @@ def test_demo_stays_with_a_page_until_it_is_stopped(tmp_path: Path) -> None:
         started = psutil.Process(demo.process.pid).children(recursive=True)
         demo.press(b"\x03")
         demo.wait()
-        assert eventually(lambda: not any(map(alive, started))), started
+        wait_for(lambda: not any(map(alive, started)), seen=lambda: [each for each in started if alive(each)])

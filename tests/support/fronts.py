@@ -65,10 +65,6 @@ class Front(NamedTuple):
             wait_for(lambda: self.gateway.alive == 1, seen=lambda: self.haproxy.log)
             yield connection
 
-    def logged(self, **wanted: Any) -> None:
-        """Wait until a call with these fields is in the log."""
-        wait_for(lambda: self.haproxy.lines(**wanted), seen=lambda: f"{wanted} is not in\n{self.haproxy.log}")
-
     def raw(self, head: str, body: bytes = b"") -> tuple[int, bytes]:
         """The status and the rest of the answer to a request of these lines."""
         request = "\r\n".join([*head.strip().splitlines(), "Connection: close", "", ""])

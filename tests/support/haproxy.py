@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import httpx
 
-from .gateway import HAPROXY, PROJECT, clean_environ, eventually, free_port
+from .gateway import HAPROXY, PROJECT, clean_environ, eventually, free_port, wait_for
 from .vendors import InBackground
 
 CONFIGURATION = PROJECT / "deploy" / "haproxy"
@@ -89,6 +89,10 @@ class HAProxy:
         lines = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
         return [line for line in lines if wanted.items() <= line.items()]
 
+    def logged(self, **wanted: Any) -> None:
+        """Wait until a call with these fields is in the log."""
+        wait_for(lambda: self.lines(**wanted), seen=lambda: f"{wanted} is not in\n{self.log}")
+
     def admin(self, command: str) -> str:
         """Say something to its admin socket and return the answer."""
         with socket.socket(socket.AF_UNIX) as connection:
@@ -102,7 +106,7 @@ class HAProxy:
         def up() -> bool:
             return all(re.search(rf"^gateways,{name},.*,UP,", self.admin("show stat"), re.MULTILINE) for name in names)
 
-        assert eventually(up, seconds), self.admin("show stat")
+        wait_for(up, seconds, seen=lambda: self.admin("show stat"))
 
     def connect(self) -> socket.socket:
         """A bare connection to the front."""
