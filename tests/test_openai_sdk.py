@@ -5,6 +5,7 @@ back. `make libraries` takes the newest of each, in an environment of their own.
 """
 
 import asyncio
+import itertools
 import json
 
 import openai
@@ -156,13 +157,12 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("vendor", KEYS)
-@pytest.mark.parametrize("status", ERRORS)
-def test_raises_the_error_of_the_vendors_status(sdk: OpenAI, vendor: str, status: int) -> None:
-    title = next(each.title for each in VENDORS.values() if each.name == vendor)
-    with pytest.raises(ERRORS[status], match=rf"Error code: {status} - .*{title} says {status}\.") as caught:
-        sdk.chat.completions.create(model=f"{vendor}/status-{status}", messages=HELLO)
-    assert caught.value.status_code == status
+def test_raises_the_error_of_the_vendors_status(sdk: OpenAI) -> None:
+    """Of one vendor after the other: test_calls.py shows that the gateway tells no two of them apart."""
+    for vendor, (status, error) in zip(itertools.cycle(VENDORS.values()), ERRORS.items(), strict=False):
+        with pytest.raises(error, match=rf"Error code: {status} - .*{vendor.title} says {status}\.") as caught:
+            sdk.chat.completions.create(model=f"{vendor.name}/status-{status}", messages=HELLO)
+        assert caught.value.status_code == status
 
 
 def test_raises_for_what_the_gateway_itself_refuses(sdk: OpenAI) -> None:
