@@ -80,6 +80,19 @@ def vendors() -> Iterator[Vendors]:
 
 
 @pytest.fixture(scope="session")
+def egress(vendors: Vendors) -> Iterator[dict[str, str]]:
+    """The settings with which an egress door finds the stand-ins: by a name server, and with their CA."""
+    from support.network import NameServer  # Needs a package that `make libraries` does without.
+
+    with NameServer() as names:
+        yield {
+            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
+            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
+            "SSL_CERT_FILE": str(vendors.ca_file),
+        }
+
+
+@pytest.fixture(scope="session")
 def gateway(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The gateway as `make server` starts it, in an environment with no key: with the front where HAProxy is installed."""
     with Gateway(tmp_path_factory.mktemp("gateway"), **vendors.environ()) as gateway:

@@ -13,7 +13,8 @@ import pytest
 from support.callers import GOOD, Others, open_stream
 from support.calls import ALL_KEYS, CHAT, caller, chat
 from support.figures import Figure
-from support.gateway import HAPROXY, Gateway, eventually, wait_for
+from support.gateway import Gateway, eventually, wait_for
+from support.haproxy import NEEDS_HAPROXY
 from support.vendors import Vendors
 
 # Words for minutes, of which one comes every 0.3 s.
@@ -116,7 +117,7 @@ def test_errors_close_the_connection_unannounced(gateway: Gateway, figures: list
     figures.append(Figure("1,000 calls, each on a connection that an error came over, without retries", f"{lost} lost"))
 
 
-@pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+@NEEDS_HAPROXY
 @pytest.mark.parametrize("size", [10, 60_000], ids=["a small call", "a large one"])
 def test_a_kept_connection_loses_no_call_after_an_error(gateway: Gateway, size: int) -> None:
     """The server closes its side some ms after an error, without a word. The front sees to it that no caller notices."""

@@ -20,7 +20,7 @@ import trustme
 import yaml
 from support.calls import ALL_KEYS, CHAT, EMBEDDINGS, MODELS, RUN_YAML, caller, chat, responses, vendor_of
 from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, wait_for
-from support.network import NameServer
+from support.haproxy import NEEDS_HAPROXY
 from support.services import ISSUER, Services
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
@@ -28,7 +28,6 @@ USER, OPERATOR, SCEPTIC = "README.md", "deploy/README.md", "tests/README.md"
 PROGRAMS, DIFFERENCES = "docs/programs.md", "docs/differences.md"
 DOCUMENTS = {name: (PROJECT / name).read_text() for name in (USER, OPERATOR, SCEPTIC, PROGRAMS, DIFFERENCES)}
 SHELLS = [shell for shell in ("sh", "bash", "zsh") if shutil.which(shell)]
-NEEDS_HAPROXY = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
 
 
 class Block(NamedTuple):
@@ -168,17 +167,10 @@ def is_native(text: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def doors(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """The gateway with both doors of deploy/README.md, which finds the stand-ins by a name server."""
-    with NameServer() as names:
-        settings = {
-            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
-            "EGRESS_CA": str(vendors.ca_file),
-            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
-        }
-        copy = copy_for_a_user(tmp_path_factory.mktemp("doors"))
-        with started(copy, block(OPERATOR, DOORS), **settings) as gateway:
-            yield gateway
+def doors(egress: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """The gateway with both doors of deploy/README.md."""
+    with started(copy_for_a_user(tmp_path_factory.mktemp("doors")), block(OPERATOR, DOORS), **egress) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

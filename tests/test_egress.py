@@ -10,11 +10,12 @@ import httpx
 import psutil
 import pytest
 from support.calls import ALL_KEYS, EMBEDDINGS, MODELS, caller, chat, events, message, one_by_one, streamed_text, vendor_of
-from support.gateway import HAPROXY, PROVIDER_DATA, START, Gateway, free_port, listening, wait_for
+from support.gateway import PROVIDER_DATA, START, Gateway, free_port, listening, wait_for
+from support.haproxy import NEEDS_HAPROXY
 from support.network import NameServer, Wire
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
 
-pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+pytestmark = NEEDS_HAPROXY
 
 HOSTS = {vendor.name: host for host, vendor in VENDORS.items()}
 # Where each vendor's passthrough provider sends a chat call.

@@ -17,9 +17,9 @@ from dnslib import RCODE, DNSError, DNSRecord
 from dnslib.server import DNSHandler
 from support.bare_servers import Accepts
 from support.calls import caller, chat, message
-from support.fronts import NEEDS_HAPROXY, up
+from support.fronts import up
 from support.gateway import free_port, wait_for
-from support.haproxy import SIDECAR, HAProxy
+from support.haproxy import NEEDS_HAPROXY, SIDECAR, HAProxy
 from support.network import NameServer, Wire
 from support.vendors import KEYS, VENDORS, Vendors
 

@@ -18,9 +18,9 @@ import openai
 import pytest
 import trustme
 from support.calls import CHAT, message
-from support.fronts import NATIVE, NEEDS_HAPROXY, Front, front
+from support.fronts import NATIVE, Front, front
 from support.gateway import PROJECT, eventually, wait_for
-from support.haproxy import BALANCER, BOTH, CONFIGURATION, SIDECAR, HAProxy, Recorder
+from support.haproxy import BALANCER, BOTH, CONFIGURATION, NEEDS_HAPROXY, SIDECAR, HAProxy, Recorder
 
 pytestmark = NEEDS_HAPROXY
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from support.calls import CHAT
-from support.fronts import NATIVE, NEEDS_HAPROXY, Front, front
+from support.fronts import NATIVE, Front, front
 from support.gateway import PROVIDER_DATA
+from support.haproxy import NEEDS_HAPROXY
 
 pytestmark = NEEDS_HAPROXY
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 from support.calls import message
-from support.fronts import NATIVE, NEEDS_HAPROXY, Front, front
+from support.fronts import NATIVE, Front, front
 from support.gateway import PROVIDER_DATA, wait_for
+from support.haproxy import NEEDS_HAPROXY
 from support.native_vendors import HOSTS, INTRUSIVE
 
 pytestmark = NEEDS_HAPROXY

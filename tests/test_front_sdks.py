@@ -9,8 +9,9 @@ import httpx
 import openai
 import pytest
 from support.calls import EMBEDDINGS, HELLO, MODELS, vendor_of
-from support.fronts import NEEDS_HAPROXY, Front, front
+from support.fronts import Front, front
 from support.gateway import Gateway
+from support.haproxy import NEEDS_HAPROXY
 from support.vendors import KEYS, Vendors
 
 pytestmark = NEEDS_HAPROXY

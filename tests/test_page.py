@@ -12,9 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from support.calls import CHAT, MODELS, chat, message
-from support.fronts import NEEDS_HAPROXY
 from support.gateway import ALONE, PROVIDER_DATA, Gateway, clean_environ
-from support.haproxy import BALANCER, HAProxy
+from support.haproxy import BALANCER, NEEDS_HAPROXY, HAProxy
 from support.network import NameServer
 from support.services import ISSUER, Services
 from support.vendors import KEYS, Vendors

@@ -6,28 +6,16 @@ from pathlib import Path
 
 import pytest
 from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat, responses
-from support.gateway import HAPROXY, PROJECT, START, Gateway, free_port, listening
-from support.network import NameServer
-from support.vendors import Vendors
+from support.gateway import PROJECT, START, Gateway, free_port, listening
+from support.haproxy import NEEDS_HAPROXY
 
-pytestmark = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
-
-
-@pytest.fixture(scope="module")
-def settings(vendors: Vendors) -> Iterator[dict[str, str]]:
-    """What opens both doors, and leads them to the stand-ins."""
-    with NameServer() as names:
-        yield {
-            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
-            "EGRESS_CA": str(vendors.ca_file),
-            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
-        }
+pytestmark = NEEDS_HAPROXY
 
 
 @pytest.fixture(scope="module")
-def first(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def first(egress: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway that is up."""
-    with Gateway(tmp_path_factory.mktemp("home"), START, **settings) as gateway:
+    with Gateway(tmp_path_factory.mktemp("home"), START, **egress) as gateway:
         yield gateway
 
 
@@ -40,9 +28,9 @@ def serves(gateway: Gateway) -> bool:
         )
 
 
-def test_two_side_by_side_share_a_folder_and_nothing_else(first: Gateway, settings: dict[str, str]) -> None:
+def test_two_side_by_side_share_a_folder_and_nothing_else(first: Gateway, egress: dict[str, str]) -> None:
     """As two of one user's do, with one store: the one that stops takes nothing from the other."""
-    with Gateway(first.home, START, **settings) as second:
+    with Gateway(first.home, START, **egress) as second:
         assert serves(second)
         assert serves(first)
         for gateway in (first, second):
@@ -64,11 +52,11 @@ def refused(tmp_path: Path, **more: str) -> str:
     return gateway.log
 
 
-def test_the_next_port_is_another_gateways_egress_door(first: Gateway, settings: dict[str, str], tmp_path: Path) -> None:
-    said = refused(tmp_path, LLAMA_STACK_PORT=str(first.port + 1), **settings)
+def test_the_next_port_is_another_gateways_egress_door(first: Gateway, egress: dict[str, str], tmp_path: Path) -> None:
+    said = refused(tmp_path, LLAMA_STACK_PORT=str(first.port + 1), **egress)
     assert said == f"Port {first.port + 1} is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT.\n"
 
 
-def test_an_egress_door_does_not_take_another_gateways_port(first: Gateway, settings: dict[str, str], tmp_path: Path) -> None:
-    said = refused(tmp_path, LLAMA_STACK_PORT=str(free_port()), EGRESS_PORT=str(first.port), **settings)
+def test_an_egress_door_does_not_take_another_gateways_port(first: Gateway, egress: dict[str, str], tmp_path: Path) -> None:
+    said = refused(tmp_path, LLAMA_STACK_PORT=str(free_port()), EGRESS_PORT=str(first.port), **egress)
     assert said == f"Port {first.port}, where the egress door is to listen, is in use. Choose another with EGRESS_PORT.\n"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, refused, wait_for
+from support.haproxy import NEEDS_HAPROXY
 
 PROXY = {"HTTPS_PROXY": "http://ann:fake-secret@proxy.example:3128"}
 NEW = "HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https://haproxy.org/"
@@ -189,7 +190,7 @@ def test_haproxy_is_told_what_it_needs_and_no_more(tmp_path: Path) -> None:
     assert had["PWD"] == str(PROJECT / "deploy" / "haproxy")
 
 
-@pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+@NEEDS_HAPROXY
 @pytest.mark.parametrize("doors", [(EGRESS,), (FRONT,), (EGRESS, FRONT)], ids=" ".join)
 def test_haproxy_finds_nothing_to_say_about_the_configuration(tmp_path: Path, doors: tuple[str, ...]) -> None:
     files = [

@@ -35,11 +35,10 @@ from support.gateway import (
     one_cpu,
     wait_for,
 )
-from support.network import NameServer
+from support.haproxy import NEEDS_HAPROXY
 from support.terminal import Terminal
 from support.vendors import KEYS, Vendors
 
-needs_haproxy = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
 CTRL_C = b"\x03"
 SHELL = " ".join(START)
 
@@ -97,17 +96,6 @@ def running(home: Path, command: tuple[str, ...] = START, **settings: str) -> It
         yield found
 
 
-@pytest.fixture(scope="module")
-def reachable(vendors: Vendors) -> Iterator[dict[str, str]]:
-    """The settings with which both doors reach the stand-in vendors."""
-    with NameServer() as names:
-        yield {
-            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
-            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
-            "SSL_CERT_FILE": str(vendors.ca_file),
-        } | ({} if HAPROXY else vendors.environ())
-
-
 # --- What is killed, or closed, or leaves ---
 
 
@@ -144,7 +132,7 @@ def can_listen(rival: socket.socket, address: str, port: int) -> bool:
     return True
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_when_haproxy_is_killed_nobody_else_gets_the_egress_port_and_nothing_is_left(tmp_path: Path) -> None:
     """The start is kept from noticing for a while: the server, which sends keys there, and the watchdog hold the port."""
     with just_begun(tmp_path) as gateway:
@@ -268,11 +256,14 @@ def test_a_reader_of_the_log_that_is_stuck_stops_nothing_and_is_told(tmp_path: P
 
 
 def test_a_stop_lets_streams_finish_and_refuses_new_calls(
-    tmp_path: Path, vendors: Vendors, reachable: dict[str, str], figures: list[Figure]
+    tmp_path: Path, vendors: Vendors, egress: dict[str, str], figures: list[Figure]
 ) -> None:
     """SIGTERM, with two workers and all doors. A stream on a native path finishes too, after the server has ended."""
     workers = "2" if HAPROXY else "1"  # Several, without a front, leave a new call waiting until they have ended.
-    with running(tmp_path, LLAMA_STACK_WORKERS=workers, **reachable) as running_, caller(running_.gateway.url) as client:
+    with (
+        running(tmp_path, LLAMA_STACK_WORKERS=workers, **(egress if HAPROXY else vendors.environ())) as running_,
+        caller(running_.gateway.url) as client,
+    ):
         gateway = running_.gateway
         streams = [Stream(gateway, "openai/slow", "one two three") for _ in range(4)]
         if HAPROXY:
@@ -382,7 +373,7 @@ def test_what_the_server_says_when_it_cannot_start_is_shown(
     assert 'File "' not in gateway.log
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_what_haproxy_says_when_it_cannot_start_is_shown(tmp_path: Path) -> None:
     gateway = Gateway(tmp_path, EGRESS_CA="/no/such")
     gateway.launch()

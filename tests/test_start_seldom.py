@@ -29,10 +29,8 @@ from support.gateway import (
     listening,
     wait_for,
 )
-from support.network import NameServer
-from support.vendors import KEYS, Vendors
-
-needs_haproxy = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (apt-get install haproxy)")
+from support.haproxy import NEEDS_HAPROXY
+from support.vendors import KEYS
 
 # Both doors, where nobody is behind the egress door: it asks a name server that is not there.
 BOTH_DOORS = {"EGRESS_NAMESERVER": NOWHERE["EGRESS_NAMESERVER"]}
@@ -82,32 +80,26 @@ def can_listen(address: str, port: int) -> bool:
 # --- Signals and exit codes ---
 
 
-@needs_haproxy
-def test_other_signals_let_streams_finish_too(tmp_path: Path, vendors: Vendors) -> None:
+@NEEDS_HAPROXY
+def test_other_signals_let_streams_finish_too(tmp_path: Path, egress: dict[str, str]) -> None:
     """SIGHUP, of a terminal that is closed. Once the server has ended the front refuses, rather than leave callers waiting."""
-    with NameServer() as names:
-        reachable = {
-            "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
-            "EGRESS_VENDOR_PORT": str(vendors.tls_port),
-            "SSL_CERT_FILE": str(vendors.ca_file),
-        }
-        with Gateway(tmp_path, **reachable) as gateway:
-            chat = Stream(gateway, "openai/slow", "one two three")
-            key = {"Authorization": f"Bearer {KEYS['openai']}"}
-            native = Stream(gateway, "slow", "one two three " * 4, "/openai/v1/chat/completions", key)
-            server = psutil.Process(gateway.server)
-            gateway.process.send_signal(signal.SIGHUP)
-            chat.join(60)
-            assert chat.finished, (chat.problem, chat.lines[-3:])
-            server.wait(20)
-            wait_for(lambda: not listening(gateway.port), 10, seen=lambda: f"{native.is_alive()}: {listening(gateway.port)}")
-            assert native.is_alive(), "the port was closed when all was over"
-            native.join(60)
-            assert native.finished, (native.problem, native.lines[-3:])
-            assert gateway.process.wait(20) == 0
+    with Gateway(tmp_path, **egress) as gateway:
+        chat = Stream(gateway, "openai/slow", "one two three")
+        key = {"Authorization": f"Bearer {KEYS['openai']}"}
+        native = Stream(gateway, "slow", "one two three " * 4, "/openai/v1/chat/completions", key)
+        server = psutil.Process(gateway.server)
+        gateway.process.send_signal(signal.SIGHUP)
+        chat.join(60)
+        assert chat.finished, (chat.problem, chat.lines[-3:])
+        server.wait(20)
+        wait_for(lambda: not listening(gateway.port), 10, seen=lambda: f"{native.is_alive()}: {listening(gateway.port)}")
+        assert native.is_alive(), "the port was closed when all was over"
+        native.join(60)
+        assert native.finished, (native.problem, native.lines[-3:])
+        assert gateway.process.wait(20) == 0
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_when_haproxy_is_killed_the_exit_code_tells(tmp_path: Path) -> None:
     """So that systemd starts it again."""
     with Gateway(tmp_path, **NOWHERE) as gateway:
@@ -118,7 +110,7 @@ def test_when_haproxy_is_killed_the_exit_code_tells(tmp_path: Path) -> None:
         assert "The HAProxy has ended, and the gateway with it." in gateway.log
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_a_server_that_is_killed_before_it_is_up_is_no_wrong_setting(tmp_path: Path) -> None:
     """By the kernel, say, when memory is short: systemd tries again after 1, and not after 2."""
     with just_begun(tmp_path) as gateway:
@@ -150,7 +142,7 @@ def test_a_gateway_whose_log_nobody_reads_ends(tmp_path: Path) -> None:
 # --- Who else could be there ---
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 @pytest.mark.parametrize("word", ["run.yaml", "kill -KILL 0"], ids=["server", "watchdog"])
 def test_while_one_of_them_lives_nobody_else_gets_the_port_to_which_keys_are_sent(begun: Gateway, word: str) -> None:
     """Whatever else has ended, in whatever order: each has inherited the egress door's listening socket."""
@@ -160,20 +152,20 @@ def test_while_one_of_them_lives_nobody_else_gets_the_port_to_which_keys_are_sen
     assert ("127.0.0.1", begun.port + 1) in held, held
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 @pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
 def test_nobody_else_becomes_localhost(begun: Gateway) -> None:
     """`localhost` is ::1 to many clients, which would send their keys there."""
     assert not can_listen("::1", begun.port)
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_behind_a_front_the_server_is_for_this_machine_alone(begun: Gateway) -> None:
     assert begun.environ["LLAMA_STACK_HOST"] == "127.0.0.1"
     assert listening(begun.port) == ["0.0.0.0"]
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 @pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
 def test_every_address_is_every_one_of_ipv4_as_well(tmp_path: Path) -> None:
     gateway = Gateway(tmp_path, LLAMA_STACK_HOST="::", **BOTH_DOORS)
@@ -185,12 +177,12 @@ def test_every_address_is_every_one_of_ipv4_as_well(tmp_path: Path) -> None:
     assert gateway.environ_at_start(connected)
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_nobody_else_finds_haproxys_admin_socket(begun: Gateway) -> None:
     assert not [path for path in begun.home.rglob("*") if path.is_socket()]
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_the_server_may_open_as_many_files_as_it_can_be_given(begun: Gateway) -> None:
     """Each connection is one, and the server never closes an idle one."""
     for process in (begun.server, begun.process.pid):
@@ -219,7 +211,7 @@ def test_https_is_spoken_without_a_front_too(tmp_path: Path) -> None:
         assert not Gateway(tmp_path / "front", **files).environ_at_start().keys() & files.keys()
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_the_egress_door_takes_the_vendors_that_it_knows_and_no_other(tmp_path: Path, project: Path) -> None:
     """Not one that the operator has led elsewhere, nor one that is in run.yaml alone."""
     more = {
@@ -239,7 +231,7 @@ def test_the_egress_door_takes_the_vendors_that_it_knows_and_no_other(tmp_path: 
     }
 
 
-@needs_haproxy
+@NEEDS_HAPROXY
 def test_native_paths_are_closed_behind_an_operators_proxy(tmp_path: Path) -> None:
     """HAProxy would go past it."""
     with just_begun(tmp_path, **NOWHERE) as gateway:

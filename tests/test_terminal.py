@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat
 from support.gateway import ALONE, HAPROXY, free_port, make_environ
-from support.network import NameServer
 from support.terminal import Terminal
 from support.vendors import Vendors
 
@@ -15,25 +14,22 @@ A_CALL = r"\d\d:\d\d:\d\d  "
 
 
 @pytest.mark.parametrize("doors", ["all doors", "none"])
-def test_plain_words_and_a_short_line_a_call(vendors: Vendors, tmp_path: Path, doors: str) -> None:
+def test_plain_words_and_a_short_line_a_call(vendors: Vendors, egress: dict[str, str], tmp_path: Path, doors: str) -> None:
     """No line that is meant for programs, and nothing of what the start brings about itself."""
     if doors == "all doors" and not HAPROXY:
         pytest.skip("HAProxy is not installed (apt-get install haproxy)")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with NameServer() as names:
-        egress = {"EGRESS_NAMESERVER": f"127.0.0.1:{names.port}", "EGRESS_VENDOR_PORT": str(vendors.tls_port)}
-        trust = {"SSL_CERT_FILE": str(vendors.ca_file)}
-        settings = egress | trust if doors == "all doors" else ALONE | vendors.environ()
-        environ = make_environ(tmp_path, LLAMA_STACK_PORT=str(port), **settings)
-        with Terminal(("make", "server"), environ) as at, caller(url) as client:
-            at.wait_for(f"The gateway answers, until Ctrl-C, at {url}/v1")
-            client.post(CHAT, headers=ALL_KEYS, json=chat(MODELS[0]))
-            client.post(CHAT, headers=ALL_KEYS, json=chat("openai/status-429"))
-            client.get("/v1/prompts?key=sk-fake-in-a-url")
-            at.wait_for("/v1/prompts")
-            at.press(CTRL_C)
-            assert at.wait() in (0, -2), "make ends by the Ctrl-C that it gets as well"
+    settings = egress if doors == "all doors" else ALONE | vendors.environ()
+    environ = make_environ(tmp_path, LLAMA_STACK_PORT=str(port), **settings)
+    with Terminal(("make", "server"), environ) as at, caller(url) as client:
+        at.wait_for(f"The gateway answers, until Ctrl-C, at {url}/v1")
+        client.post(CHAT, headers=ALL_KEYS, json=chat(MODELS[0]))
+        client.post(CHAT, headers=ALL_KEYS, json=chat("openai/status-429"))
+        client.get("/v1/prompts?key=sk-fake-in-a-url")
+        at.wait_for("/v1/prompts")
+        at.press(CTRL_C)
+        assert at.wait() in (0, -2), "make ends by the Ctrl-C that it gets as well"
     of_doors = (
         f"Open: the front on port {port} (API keys, native paths, the page at {url}/), and the egress door on port {port + 1}."
         if doors == "all doors"

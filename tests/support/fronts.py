@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import pytest
 
 from .calls import message
-from .gateway import HAPROXY, wait_for
+from .gateway import wait_for
 from .haproxy import BOTH, HAProxy, Recorder
 from .native_vendors import NativeVendors
 from .network import NameServer
-
-NEEDS_HAPROXY = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
 
 # A path that a key list, provider data or a bare key is tried on, for each vendor.
 NATIVE = {

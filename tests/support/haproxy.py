@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import pytest
 
 from .gateway import HAPROXY, PROJECT, clean_environ, eventually, free_port, wait_for
 from .vendors import InBackground
+
+NEEDS_HAPROXY = pytest.mark.skipif(not HAPROXY, reason="HAProxy is not installed (Debian: apt-get install haproxy)")
 
 CONFIGURATION = PROJECT / "deploy" / "haproxy"
 SIDECAR = ("global", "vendors", "egress")
