@@ -137,6 +137,7 @@ def test_when_haproxy_is_killed_nobody_else_gets_the_egress_port_and_nothing_is_
     """The start is kept from noticing for a while: the server, which sends keys there, and the watchdog hold the port."""
     with just_begun(tmp_path) as gateway:
         gateway.named["start"].suspend()
+        wait_for(lambda: gateway.named["start"].status() == psutil.STATUS_STOPPED)  # All of its threads.
         gateway.named["HAProxy"].kill()
         wait_for(lambda: gateway.named["HAProxy"].status() == psutil.STATUS_ZOMBIE)
         for address in ("127.0.0.1", ""):
@@ -277,6 +278,7 @@ def test_a_stop_lets_streams_finish_and_refuses_new_calls(
         gateway.process.terminate()
         if HAPROXY:
             wait_for(lambda: client.get("/v1/health").status_code == 503, 10)
+            assert any(stream.is_alive() for stream in streams[:4]), "new calls were taken to the end"
             # As long as a stream lasts: nothing that the server says on its way out opens the front again.
             while any(stream.is_alive() for stream in streams[:4]):
                 assert "is stopping" in client.get("/v1/health").text, gateway.log
