@@ -4,7 +4,8 @@ A change that goes unnoticed is a survivor: it needs a test, or a reason in its 
 tests run in a copy in which nothing is changed, because a test that fails there proves nothing.
 
     make mutants                      every change, with the result in results.md
-    make mutants ONLY="CORS|mode=rw"  those whose list, file or description has this (a regular expression)
+    make mutants ONLY="CORS|mode=rw"  those whose list, file or description has this (a regular expression); what the whole run
+                                      has listed as unnoticed, and is noticed by now, is marked in results.md
     make mutants JOBS=1               one at a time
 
 The exit code is 0 only if every change was noticed, or survived as its list says.
@@ -210,9 +211,25 @@ def write_results(verdicts: list[Verdict], known: list[Mutant], jobs: int, secon
     )
     survivors = [(each.mutant, f"**{each.word}**") for each in verdicts if each.word != "caught"]
     survivors += [(mutant, mutant.survives) for mutant in known]
-    rows = [f"| `{mutant.file}`: {mutant.what} | {why} |" for mutant, why in survivors]
+    rows = [f"{row_of(mutant)}{why} |" for mutant, why in survivors]
     lines = ["# What the tests notice", "", said, "", "| not noticed | why |", "|---|---|", *rows]
     RESULTS.write_text("\n".join(lines) + "\n")
+
+
+def row_of(mutant: Mutant) -> str:
+    """The beginning of a change's row in the results."""
+    return f"| `{mutant.file}`: {mutant.what} | "
+
+
+def amend_results(verdicts: list[Verdict]) -> None:
+    """Say of changes that the whole run has listed as unnoticed, and that are noticed by now, since when."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    for each in verdicts:
+        for word in BAD if each.word == "caught" else ():
+            row = f"{row_of(each.mutant)}**{word}**"
+            text = text.replace(f"{row} |", f"{row} then; caught on {datetime.now(UTC):%-d %B %Y}, alone |")
+    if text:
+        RESULTS.write_text(text)
 
 
 def main() -> int:
@@ -240,7 +257,9 @@ def main() -> int:
         print(f"{'survives':9} {mutant}\n          {mutant.survives}")
     seconds = time.monotonic() - start
     print(f"\n{counted(verdicts, known)}. It took {seconds / 60:.1f} minutes.")
-    if not options.only:
+    if options.only:
+        amend_results(verdicts)
+    else:
         write_results(verdicts, known, options.jobs, seconds)
     return int(any(each.word in BAD for each in verdicts))
 
