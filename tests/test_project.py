@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.calls import caller, chat
-from support.gateway import HAPROXY, PROJECT, alive, clean_environ, eventually, wait_for
+from support.gateway import HAPROXY, PROJECT, alive, clean_environ, wait_for
 from support.terminal import Terminal
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False).stdout.splitlines()
@@ -51,9 +51,12 @@ def test_the_lock_is_of_this_pyproject(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")
-def test_python_lives_in_main_the_start_and_tests_alone() -> None:
+def test_python_lives_in_three_places_and_only_the_lock_names_a_package_index() -> None:
     ours = ("main.py", "deploy/start/", "tests/")
     assert [name for name in TRACKED if name.endswith(".py") and not name.startswith(ours)] == []
+    hosts = re.compile(r"py[p]i\.org|python[h]osted|registry\.[n]pm")
+    named = [name for name in TRACKED if name != "uv.lock" and hosts.search((PROJECT / name).read_text(errors="replace"))]
+    assert named == []
 
 
 def test_the_start_needs_pythons_library_and_pyyaml_alone() -> None:
@@ -63,13 +66,6 @@ def test_the_start_needs_pythons_library_and_pyyaml_alone() -> None:
     names = {name for file in files for name in imports.findall(file.read_text())}
     assert names - sys.stdlib_module_names - {file.stem for file in files} == {"yaml"}
     assert not {file.stem for file in files} & sys.stdlib_module_names, "-P leaves the start's folder first among them"
-
-
-@pytest.mark.skipif(not TRACKED, reason="not a git checkout")
-def test_only_the_lock_names_a_package_index() -> None:
-    hosts = re.compile(r"py[p]i\.org|python[h]osted|registry\.[n]pm")
-    named = [name for name in TRACKED if name != "uv.lock" and hosts.search((PROJECT / name).read_text(errors="replace"))]
-    assert named == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -92,7 +88,7 @@ def test_demo_leaves_nothing_running_when_it_is_interrupted(tmp_path: Path, numb
     else:  # and kill one process.
         demo.send_signal(number)
     assert demo.wait(60) != 0
-    assert eventually(lambda: not any(map(arguments, started))), f"still running: {list(filter(None, map(arguments, started)))}"
+    wait_for(lambda: not any(map(arguments, started)), seen=lambda: list(filter(None, map(arguments, started))))
 
 
 def test_advisories_that_cannot_be_had_are_a_sentence(tmp_path: Path) -> None:
@@ -120,4 +116,4 @@ def test_demo_stays_with_a_page_until_it_is_stopped(tmp_path: Path) -> None:
         started = psutil.Process(demo.process.pid).children(recursive=True)
         demo.press(b"\x03")
         demo.wait()
-        assert eventually(lambda: not any(map(alive, started))), started
+        wait_for(lambda: not any(map(alive, started)), seen=lambda: list(filter(alive, started)))
