@@ -37,25 +37,32 @@ def run(ends: BothEnds, settings: dict, kind: type, name: str, stream: bool = Fa
 
 
 @pytest.mark.parametrize("vendor", KEYS)
-@pytest.mark.parametrize("stream", [False, True], ids=["regular", "stream"])
-@pytest.mark.parametrize("kind", [OpenAIResponsesModel, OpenAIChatCompletionsModel], ids=["responses", "chat"])
-def test_an_agent_uses_its_tool(ends: BothEnds, settings: dict, kind: type, stream: bool, vendor: str) -> None:
-    answer, asked = run(ends, settings, kind, f"{vendor}/tool-call", stream)
-    assert asked == ["Paris"]
-    assert answer.endswith("You said: 21 degrees in Paris")
-    roles = [message["role"] for message in ends.arrived["messages"]]
-    assert roles == ["system", "user", "assistant", "tool"]
-    assert {request.url.path for request in ends.requests} == {
-        "/v1/responses" if kind is OpenAIResponsesModel else "/v1/chat/completions"
-    }
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [(OpenAIResponsesModel, "/v1/responses"), (OpenAIChatCompletionsModel, "/v1/chat/completions")],
+    ids=["responses", "chat"],
+)
+def test_an_agent_uses_its_tool(ends: BothEnds, settings: dict, kind: type, path: str, vendor: str) -> None:
+    for stream in (False, True):
+        answer, asked = run(ends, settings, kind, f"{vendor}/tool-call", stream)
+        assert asked == ["Paris"]
+        assert answer.endswith("You said: 21 degrees in Paris")
+        assert [message["role"] for message in ends.arrived["messages"]] == ["system", "user", "assistant", "tool"]
+        assert {request.url.path for request in ends.requests} == {path}
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["regular", "stream"])
-def test_an_agent_uses_two_tools_at_once(ends: BothEnds, settings: dict, stream: bool) -> None:
-    answer, asked = run(ends, settings, OpenAIResponsesModel, "openai/tool-calls", stream)
-    assert sorted(asked) == ["Paris", "Rome"]
-    assert answer.endswith("You said: 21 degrees in Rome")
-
-
-def test_an_agent_without_a_tool(ends: BothEnds, settings: dict) -> None:
+def test_an_agent_uses_two_tools_at_once_and_none(ends: BothEnds, settings: dict) -> None:
+    for stream in (False, True):
+        answer, asked = run(ends, settings, OpenAIResponsesModel, "openai/tool-calls", stream)
+        assert sorted(asked) == ["Paris", "Rome"]
+        assert answer.endswith("You said: 21 degrees in Rome")
     assert run(ends, settings, OpenAIResponsesModel, MODELS[4])[0].endswith("You said: Hello")
+
+
+@pytest.mark.parametrize(
+    ("kind", "cities"), [(OpenAIResponsesModel, []), (OpenAIChatCompletionsModel, ["Paris", "Rome"])], ids=["responses", "chat"]
+)
+def test_an_agent_gets_geminis_parallel_calls_by_chat_alone(
+    ends: BothEnds, settings: dict, kind: type, cities: list[str]
+) -> None:
+    assert sorted(run(ends, settings, kind, "gemini/tool-calls")[1]) == cities

@@ -51,9 +51,12 @@ def test_the_lock_is_of_this_pyproject(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")
-def test_python_lives_in_main_the_start_and_tests_alone() -> None:
+def test_python_lives_in_three_places_and_only_the_lock_names_a_package_index() -> None:
     ours = ("main.py", "deploy/start/", "tests/")
     assert [name for name in TRACKED if name.endswith(".py") and not name.startswith(ours)] == []
+    hosts = re.compile(r"py[p]i\.org|python[h]osted|registry\.[n]pm")
+    named = [name for name in TRACKED if name != "uv.lock" and hosts.search((PROJECT / name).read_text(errors="replace"))]
+    assert named == []
 
 
 def test_the_start_needs_pythons_library_and_pyyaml_alone() -> None:
@@ -63,13 +66,6 @@ def test_the_start_needs_pythons_library_and_pyyaml_alone() -> None:
     names = {name for file in files for name in imports.findall(file.read_text())}
     assert names - sys.stdlib_module_names - {file.stem for file in files} == {"yaml"}
     assert not {file.stem for file in files} & sys.stdlib_module_names, "-P leaves the start's folder first among them"
-
-
-@pytest.mark.skipif(not TRACKED, reason="not a git checkout")
-def test_only_the_lock_names_a_package_index() -> None:
-    hosts = re.compile(r"py[p]i\.org|python[h]osted|registry\.[n]pm")
-    named = [name for name in TRACKED if name != "uv.lock" and hosts.search((PROJECT / name).read_text(errors="replace"))]
-    assert named == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -120,4 +116,4 @@ def test_demo_stays_with_a_page_until_it_is_stopped(tmp_path: Path) -> None:
         started = psutil.Process(demo.process.pid).children(recursive=True)
         demo.press(b"\x03")
         demo.wait()
-        wait_for(lambda: not any(map(alive, started)), seen=lambda: [each for each in started if alive(each)])
+        wait_for(lambda: not any(map(alive, started)), seen=lambda: list(filter(alive, started)))

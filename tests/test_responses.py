@@ -1,28 +1,16 @@
 """The Responses API on the running gateway, by hand and with the OpenAI SDK: both ends of each call compared."""
 
 import asyncio
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
-from itertools import groupby
 
 import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from support.both_ends import BothEnds
-from support.calls import (
-    ALL_KEYS,
-    MODELS,
-    WEATHER_FUNCTION,
-    Weather,
-    events,
-    one_key,
-    output_text,
-    responses,
-    vendor_of,
-)
-from support.gateway import PROVIDER_DATA
+from support.calls import ALL_KEYS, MODELS, WEATHER_FUNCTION, Weather, events, one_key, output_text, responses, vendor_of
 from support.vendors import KEYS, TOOL_CALL, Vendors, text_of
 
 # What the server adds to each call: it always streams from the vendor.
@@ -33,12 +21,12 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 TOLD = {"type": "function", "function": WEATHER_FUNCTION}
 
 
-@pytest.mark.parametrize("form", [lambda model: ALL_KEYS, one_key], ids=["one header", "one key"])
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_answers(client: httpx.Client, vendors: Vendors, model: str, form: Callable[[str], dict[str, str]]) -> None:
-    for stream in (False, True):
-        prompt = f"Hello, {model}, {form is one_key}, {stream}"
-        answer = client.post("/v1/responses", headers=form(model), json=responses(model, prompt, stream=stream))
+def test_every_model_answers_and_its_vendor_sees_its_own_key_alone(client: httpx.Client, vendors: Vendors, model: str) -> None:
+    """By both forms of the header, of which the older one has a URL that is ignored."""
+    for headers, stream in itertools.product((ALL_KEYS, one_key(model)), (False, True)):
+        prompt = f"Hello, {model}, {headers is ALL_KEYS}, {stream}"
+        answer = client.post("/v1/responses", headers=headers, json=responses(model, prompt, stream=stream))
         assert answer.status_code == 200
         if stream:
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -52,31 +40,11 @@ def test_every_model_answers(client: httpx.Client, vendors: Vendors, model: str,
         assert (final["object"], final["status"], final["model"]) == ("response", "completed", model)
         (seen,) = vendors.seen_with(prompt)
         assert (seen.vendor, seen.key) == (vendor_of(model), f"Bearer {KEYS[vendor_of(model)]}")
-        assert seen.json == STREAMED | {
-            "model": model.partition("/")[2],
-            "messages": [{"role": "user", "content": prompt}],
-        }
+        text = json.dumps(seen.headers) + seen.body.decode()
+        assert [key for key in KEYS.values() if key in text] == [KEYS[vendor_of(model)]]
+        messages = [{"role": "user", "content": prompt}]
+        assert seen.json == STREAMED | {"model": model.partition("/")[2], "messages": messages}
         assert "x-llamastack-provider-data" not in seen.headers
-
-
-def test_each_vendor_sees_its_own_key_alone(client: httpx.Client, vendors: Vendors) -> None:
-    for model in MODELS:
-        for stream in (False, True):
-            prompt = f"whose key, {model}, {stream}"
-            assert client.post("/v1/responses", headers=ALL_KEYS, json=responses(model, prompt, stream=stream)).is_success
-            (seen,) = vendors.seen_with(prompt)
-            text = json.dumps(seen.headers) + seen.body.decode()
-            assert [key for key in KEYS.values() if key in text] == [KEYS[vendor_of(model)]]
-
-
-def test_the_one_key_form_ignores_the_callers_url(client: httpx.Client, vendors: Vendors) -> None:
-    data = {"passthrough_api_key": KEYS["anthropic"], "passthrough_url": "https://evil.example"}
-    call = responses("anthropic/any-model", "where does this response go")
-    vendors.strangers.clear()
-    assert client.post("/v1/responses", headers={PROVIDER_DATA: json.dumps(data)}, json=call).is_success
-    (seen,) = vendors.seen_with("where does this response go")
-    assert seen.vendor == "anthropic"
-    assert vendors.strangers == []
 
 
 def test_without_a_header_no_key_is_sent(server: httpx.Client, vendors: Vendors) -> None:
@@ -88,10 +56,13 @@ def test_without_a_header_no_key_is_sent(server: httpx.Client, vendors: Vendors)
 
 # The stream
 
+BEGIN = ["created", "in_progress", "output_item.added"]
+END = ["output_item.done", "completed"]
+
 
 def kinds(stream: list[dict]) -> list[str]:
     """The types of a stream's events, with those that repeat said once."""
-    return [kind for kind, _ in groupby(event["type"].removeprefix("response.") for event in stream)]
+    return [kind for kind, _ in itertools.groupby(event["type"].removeprefix("response.") for event in stream)]
 
 
 @pytest.mark.parametrize("vendor", KEYS)
@@ -99,16 +70,7 @@ def test_a_stream_has_the_events_that_openai_documents(client: httpx.Client, ven
     """In their order and numbered; output_text.done, which would come before content_part.done, is missing."""
     answer = client.post("/v1/responses", headers=ALL_KEYS, json=responses(f"{vendor}/any", stream=True))
     stream = events(answer)
-    assert kinds(stream) == [
-        "created",
-        "in_progress",
-        "output_item.added",
-        "content_part.added",
-        "output_text.delta",
-        "content_part.done",
-        "output_item.done",
-        "completed",
-    ]
+    assert kinds(stream) == [*BEGIN, "content_part.added", "output_text.delta", "content_part.done", *END]
     assert [event["sequence_number"] for event in stream] == list(range(len(stream)))
     text = "".join(event["delta"] for event in stream if event["type"] == "response.output_text.delta")
     by_kind = {event["type"].removeprefix("response."): event for event in stream}
@@ -122,15 +84,7 @@ def test_a_stream_has_the_events_that_openai_documents(client: httpx.Client, ven
 def test_a_streamed_tool_call_has_the_events_that_openai_documents(client: httpx.Client) -> None:
     call = responses("openai/tool-call", stream=True, tools=[WEATHER_FUNCTION])
     stream = events(client.post("/v1/responses", headers=ALL_KEYS, json=call))
-    assert kinds(stream) == [
-        "created",
-        "in_progress",
-        "output_item.added",
-        "function_call_arguments.delta",
-        "function_call_arguments.done",
-        "output_item.done",
-        "completed",
-    ]
+    assert kinds(stream) == [*BEGIN, "function_call_arguments.delta", "function_call_arguments.done", *END]
     arguments = "".join(event["delta"] for event in stream if "delta" in event)
     assert arguments == TOOL_CALL["function"]["arguments"]
     (item,) = stream[-1]["response"]["output"]
@@ -150,20 +104,16 @@ def test_usage_is_the_vendors(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("vendor", KEYS)
-def test_create(sdk: OpenAI, ends: BothEnds, vendor: str) -> None:
+def test_create_and_stream(sdk: OpenAI, ends: BothEnds, vendor: str) -> None:
     answer = sdk.responses.create(model=f"{vendor}/any-model", input="Hello", instructions="Be brief.", temperature=0)
     assert answer.output_text.endswith("You said: Hello")
     assert (answer.model, answer.instructions, answer.status) == (f"{vendor}/any-model", "Be brief.", "completed")
-    system = {"role": "system", "content": "Be brief."}
-    assert ends.arrived == STREAMED | {
-        "model": "any-model",
-        "messages": [system, *HELLO["messages"]],
-        "temperature": 0,
-    }
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO["messages"]]
+    assert ends.arrived == STREAMED | {"model": "any-model", "messages": messages, "temperature": 0}
+    # The SDK's own key goes nowhere.
+    assert ends.requests[-1].headers["authorization"] == "Bearer sk-fake-unused"
+    assert "sk-fake-unused" not in str(ends.vendors.seen[-1])
 
-
-@pytest.mark.parametrize("vendor", KEYS)
-def test_streams(sdk: OpenAI, vendor: str) -> None:
     stream = list(sdk.responses.create(model=f"{vendor}/any-model", input="Hello", stream=True))
     text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
     assert text.endswith("You said: Hello")
@@ -219,9 +169,6 @@ def test_parse_into_a_schema(sdk: OpenAI, ends: BothEnds) -> None:
     assert schema["schema"]["properties"]["degrees"]["type"] == "integer"
     with sdk.responses.stream(model="openai/structured", input="Hello", text_format=Weather) as stream:
         assert stream.get_final_response().output_parsed == Weather(city="Paris", degrees=21)
-
-
-def test_parsed_tool_call(sdk: OpenAI) -> None:
     tool = openai.pydantic_function_tool(Weather, name="weather")
     answer = sdk.responses.parse(model="openai/tool-call", input="Hello", tools=[tool])
     assert answer.output[0].parsed_arguments == Weather(city="Paris")
@@ -238,9 +185,3 @@ def test_several_turns_by_sending_the_history(sdk: OpenAI, ends: BothEnds, vendo
     roles = [message["role"] for message in ends.arrived["messages"]]
     assert roles == ["developer", "user", "assistant", "user", "assistant", "user"]
     assert text_of(ends.arrived["messages"][:3]).endswith("You said: one")
-
-
-def test_the_sdks_own_key_goes_nowhere(sdk: OpenAI, ends: BothEnds) -> None:
-    sdk.responses.create(model=MODELS[0], input="Hello")
-    assert ends.requests[-1].headers["authorization"] == "Bearer sk-fake-unused"
-    assert "sk-fake-unused" not in str(ends.vendors.seen[-1])

@@ -1,25 +1,18 @@
 """What the vendors' own shapes do to client libraries: the traps that test_exchanges.py shows in bodies, met with an SDK."""
 
-import asyncio
-
 import openai
 import pytest
-from agents import Agent, OpenAIChatCompletionsModel, OpenAIResponsesModel, RunConfig, Runner, function_tool
-from openai import AsyncOpenAI, OpenAI
-from support.both_ends import BothEnds
+from openai import OpenAI
 from support.calls import HELLO, WEATHER_FUNCTION, WEATHER_TOOL, Weather
 from support.vendors import BESIDE, REFUSAL, SIGNATURE
 
 
-def test_a_refusal_arrives_as_one(sdk: OpenAI) -> None:
+def test_a_refusal_arrives_as_one_and_a_filter_raises_as_at_the_vendor(sdk: OpenAI) -> None:
     answer = sdk.chat.completions.parse(model="openai/refusal", messages=HELLO, response_format=Weather)
     assert (answer.choices[0].message.refusal, answer.choices[0].message.parsed) == (REFUSAL, None)
     stream = sdk.chat.completions.create(model="openai/refusal", messages=HELLO, stream=True)
     assert "".join(chunk.choices[0].delta.refusal or "" for chunk in stream) == REFUSAL
     assert sdk.responses.create(model="openai/refusal", input="Hello").output_text == ""
-
-
-def test_a_filter_raises_as_at_the_vendor(sdk: OpenAI) -> None:
     with pytest.raises(openai.ContentFilterFinishReasonError):
         sdk.chat.completions.parse(model="openai/content-filter", messages=HELLO, response_format=Weather)
 
@@ -83,22 +76,3 @@ def test_claudes_text_beside_a_call_is_for_chat_alone(sdk: OpenAI) -> None:
     assert (message.content, len(message.tool_calls)) == (BESIDE, 1)
     answer = sdk.responses.create(model="anthropic/tool-call", input="Hello", tools=[WEATHER_FUNCTION])
     assert [item.type for item in answer.output] == ["function_call"]
-
-
-@pytest.mark.parametrize("kind", [OpenAIResponsesModel, OpenAIChatCompletionsModel], ids=["responses", "chat"])
-def test_an_agent_gets_geminis_parallel_calls_by_chat_alone(ends: BothEnds, settings: dict, kind: type) -> None:
-    asked: list[str] = []
-
-    @function_tool
-    def weather(city: str) -> str:
-        """The weather in a city."""
-        asked.append(city)
-        return "21"
-
-    async def answer() -> None:
-        async with AsyncOpenAI(**settings, http_client=ends.async_client(), max_retries=0) as client:
-            agent = Agent(name="forecaster", tools=[weather], model=kind("gemini/tool-calls", client))
-            await Runner.run(agent, "Hello", run_config=RunConfig(tracing_disabled=True))
-
-    asyncio.run(answer())
-    assert sorted(asked) == ([] if kind is OpenAIResponsesModel else ["Paris", "Rome"])
