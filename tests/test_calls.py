@@ -13,6 +13,7 @@ from support.calls import (
     arrivals,
     chat,
     events,
+    finished,
     message,
     one_key,
     streamed_text,

@@ -5,7 +5,6 @@ back. `make libraries` takes the newest of each, in an environment of their own.
 """
 
 import asyncio
-import itertools
 import json
 
 import openai
