@@ -306,6 +306,30 @@ def test_the_next_call_goes_to_the_gateway_that_has_fewer_open(tmp_path: Path) -
             assert several.call(headers=LIST, timeout=10).is_success
 
 
+def test_a_gateway_that_is_silent_for_too_long_is_a_sentence(tmp_path: Path) -> None:
+    """The wait is shorter here."""
+    with Recorder("stall") as silent:
+        waiting = HAProxy(tmp_path, BALANCER, {"timeout server": "1s"}, GATEWAY_A=silent.address)
+        with waiting, httpx.Client(base_url=waiting.url, trust_env=False, timeout=20) as client:
+            response = client.post(CHAT, headers=LIST, json={})
+            assert (response.status_code, message(response)) == (504, "The server was silent for too long.")
+            why = "timed out: the server was silent for too long"
+            assert eventually(lambda: waiting.lines(status=504, end="sH", why=why), 10), waiting.log
+        assert len(silent.heads) == 1
+
+
+def test_a_gateway_that_has_ended_is_soon_not_asked_any_more(tmp_path: Path) -> None:
+    """It hangs rather than refuses: calls would wait for it."""
+    with Recorder("stall") as hanging, front(tmp_path, BALANCER, GATEWAY_B=hanging.address) as several:
+        several.haproxy.wait_until_up("a", "b")
+        hanging.healthy = False
+        down = re.compile(r"^gateways,b,.*,DOWN,", re.MULTILINE)
+        wait_for(lambda: down.search(several.haproxy.admin("show stat")), 8, seen=lambda: several.haproxy.admin("show stat"))
+        assert all(several.call(headers=LIST, timeout=10).is_success for _ in range(4))
+        hanging.healthy = True
+        several.haproxy.wait_until_up("b", seconds=8)
+
+
 def test_a_call_that_no_gateway_takes_is_a_sentence(tmp_path: Path) -> None:
     with front(tmp_path, BALANCER, GATEWAY_A="127.0.0.1:9", GATEWAY_B="127.0.0.1:9") as nobody:
         wait_for(lambda: nobody.call(headers=LIST).status_code == 503, seen=lambda: nobody.haproxy.log)
@@ -470,7 +494,7 @@ def test_it_tells_that_it_starts_and_stops(tmp_path: Path) -> None:
         response = started.call(headers=LIST | {"Origin": ORIGIN})
         assert response.status_code == 503
         assert "starting" in message(response)
-        assert response.headers["retry-after"]
+        assert response.headers["retry-after"] == "2"
         assert response.headers["access-control-allow-origin"] == ORIGIN
         assert not started.gateway.heads
         assert started.call("/", method="GET").is_success

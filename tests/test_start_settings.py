@@ -49,7 +49,12 @@ WRONG = {
         "https://a,b.example",
         "https://a.example:0",
     ),
-    "OTEL_EXPORTER_OTLP_ENDPOINT": ("name the collector's host", "http://10.0.0.1:4318", "http://[fd00::1]:4318"),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": (
+        "name the collector's host",
+        "http://10.0.0.1:4318",
+        "http://[fd00::1]:4318",
+        "http://a:b@10.0.0.1",
+    ),
     "LLAMA_STACK_CORS_ORIGIN": (
         AN_ORIGIN,
         "https://chat.example.com/",

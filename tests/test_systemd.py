@@ -89,6 +89,12 @@ def test_streams_in_flight_finish() -> None:
     assert int(setting("TimeoutStopSec")) > 600
 
 
+def test_it_has_the_memory_of_a_pod_and_the_files_that_the_start_asks_for() -> None:
+    pods = (PROJECT / "deploy/kubernetes/deployment.yaml").read_text()
+    assert int(setting("MemoryMax").removesuffix("G")) << 10 >= int(re.findall(r"memory: (\d+)Mi", pods)[-1])
+    assert f"min({int(setting('LimitNOFILE')):_}, most)" in (PROJECT / "deploy/start/__main__.py").read_text()
+
+
 def test_it_is_started_again_unless_a_setting_is_wrong(tmp_path: Path) -> None:
     """By default systemd gives up after five starts in ten seconds."""
     assert setting("Restart") == "on-failure"

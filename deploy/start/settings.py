@@ -65,7 +65,8 @@ def vendor_url(value: str) -> str | None:
 
 def collector(value: str) -> str | None:
     # Its exporter matches an address in NO_PROXY without its port only: callers could then name all ports of that address.
-    if not re.match(r"https?://(127\.0\.0\.1|\[::1])([:/]|$)", value) and re.match(r"https?://(\[|[\d.]+([:/]|$))", value):
+    here = re.match(r"https?://(127\.0\.0\.1|\[::1])([:/]|$)", value)
+    if not here and re.match(r"https?://([^/]*@)?(\[|[\d.]+([:/]|$))", value):
         return "name the collector's host, if need be in /etc/hosts, instead of its address"
     return url(value)
 

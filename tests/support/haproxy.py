@@ -147,13 +147,14 @@ class Recorder(InBackground):
     """What stands in for a gateway where a test must see what one gets. A context manager.
 
     `heads` are the requests that came, as sent, without health checks. `mode` is what happens to them: "answer" with `answer`,
-    "close" the connection without an answer, or "stall". `alive` counts the connections that wait for an answer.
+    "close" the connection without an answer, or "stall". `alive` counts the connections that wait for an answer. Unless
+    `healthy`, health checks are closed without an answer.
     """
 
     def __init__(self, mode: str = "answer", answer: bytes = OK) -> None:
         self.mode, self.answer = mode, answer
         self.heads: list[str] = []
-        self.alive = 0
+        self.alive, self.healthy = 0, True
 
     @property
     def address(self) -> str:
@@ -173,7 +174,9 @@ class Recorder(InBackground):
             health = "/v1/health" in head
             if not health:
                 self.heads.append(head)
-            if self.mode == "answer" or health:
+            if health and not self.healthy:
+                pass
+            elif self.mode == "answer" or health:
                 writer.write(OK if health else self.answer)
                 await writer.drain()
             elif self.mode == "stall":

@@ -30,6 +30,9 @@ INTRUSIVE = {
     "Strict-Transport-Security": "max-age=31536000",
     "Clear-Site-Data": '"*"',
     "Service-Worker-Allowed": "/",
+    "Refresh": "0; url=https://elsewhere.example",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy-Report-Only": "default-src 'none'; report-uri https://elsewhere.example",
     "Content-Security-Policy": "script-src *",
 }
 
