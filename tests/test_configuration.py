@@ -37,7 +37,7 @@ def test_exactly_the_permitted_paths_are_open(server: httpx.Client) -> None:
 
 
 def test_its_name_is_the_one_that_users_know() -> None:
-    """What it is set to unless told is in the documents, which test_documents.py holds to run.yaml."""
+    """test_documents.py compares the defaults in run.yaml with those that the documents give."""
     assert RUN_YAML["distro_name"] == "lls-openai"
 
 

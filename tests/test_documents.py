@@ -19,7 +19,7 @@ import pytest
 import trustme
 import yaml
 from support.calls import ALL_KEYS, CHAT, EMBEDDINGS, MODELS, RUN_YAML, caller, chat, responses, vendor_of
-from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, wait_for
+from support.gateway import BOTH_DOORS, HAPROXY, PROJECT, Gateway, clean_environ, free_port, wait_for
 from support.haproxy import NEEDS_HAPROXY
 from support.services import ISSUER, Services
 from support.vendors import KEY_VARIABLES, KEYS, VENDORS, Vendors
@@ -101,7 +101,7 @@ def copy_for_a_user(home: Path) -> Path:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """That, for a test that writes into it, or into its home."""
+    """The same for one test, which may write into it and into its home."""
     return copy_for_a_user(tmp_path)
 
 
@@ -175,7 +175,7 @@ def doors(egress: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def bare(vendors: Vendors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """The gateway without a door that deploy/README.md has behind a balancer. Its own address is loopback's here."""
+    """The gateway that deploy/README.md puts behind a balancer, with no door of its own. Here it listens on loopback."""
     command = block(OPERATOR, BEHIND).replace("10.0.0.1", "127.0.0.1")
     with started(copy_for_a_user(tmp_path_factory.mktemp("bare")), command, **vendors.environ()) as gateway:
         yield gateway
@@ -254,7 +254,7 @@ def certificate(copy: Path) -> Iterator[ssl.SSLContext]:
     return context
 
 
-# A page of the team's.
+# The origin of the team's web page.
 PAGE = "https://chat.example.com"
 
 
@@ -364,7 +364,7 @@ def test_an_upgrade_and_the_way_back(tmp_path: Path) -> None:
 
 
 def test_a_host_is_permitted(copy: Path) -> None:
-    environ = started(copy, block(OPERATOR, MCP), EGRESS_NAMESERVER="127.0.0.1:9").environ_at_start()
+    environ = started(copy, block(OPERATOR, MCP), **BOTH_DOORS).environ_at_start()
     assert "mcp.example.com" in environ["NO_PROXY"].split(",")
 
 
@@ -395,7 +395,7 @@ def test_a_front_beside_the_image(copy: Path, bare: Gateway, certificate: ssl.SS
 
 def assert_serves(command: str, folder: Path, url: str, trust: ssl.SSLContext) -> None:
     """A front that a command starts answers a call, some time after, and knows the vendors, though it finds none here."""
-    environ = clean_environ(folder, EGRESS_NAMESERVER="127.0.0.1:9")
+    environ = clean_environ(folder, **BOTH_DOORS)
     with subprocess.Popen(["sh", "-c", command], cwd=folder, env=environ, start_new_session=True) as haproxy:
         try:
             with caller(url, verify=trust) as client:

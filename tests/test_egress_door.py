@@ -313,14 +313,12 @@ def test_silence_is_told_as_such(vendors: Vendors, names: NameServer, tmp_path: 
             assert (response.status_code, message(response)) == (504, "The vendor was silent for too long.")
             assert response.headers["content-type"] == "application/json"
             assert len(vendors.seen_with("said to nobody")) == 1
-        why = "timed out: the vendor was silent for too long"
-        wait_for(lambda: door.lines(status=504, end="sH", why=why), 10, seen=lambda: door.log)
+        door.logged(10, status=504, end="sH", why="timed out: the vendor was silent for too long")
     with Accepts() as silent, HAProxy(tmp_path / "2", SIDECAR, {"timeout connect": "3s"}, **settings(names, silent.port)) as door:
         with caller(door.egress, headers=KEY) as server:
             wait_for(lambda: up(door, "vendor-openai,address1,"), seen=lambda: door.admin("show stat"))
             assert "No connection to the vendor" in message(ask(server))
-        why = "timed out: the vendor could not be reached"
-        wait_for(lambda: door.lines(status=503, end="sC", why=why), 10, seen=lambda: door.log)
+        door.logged(10, status=503, end="sC", why="timed out: the vendor could not be reached")
 
 
 @pytest.mark.parametrize("wrong", ["name", "authority", "not one of the system's"])

@@ -313,8 +313,7 @@ def test_a_gateway_that_is_silent_for_too_long_is_a_sentence(tmp_path: Path) -> 
         with waiting, httpx.Client(base_url=waiting.url, trust_env=False, timeout=20) as client:
             response = client.post(CHAT, headers=LIST, json={})
             assert (response.status_code, message(response)) == (504, "The server was silent for too long.")
-            why = "timed out: the server was silent for too long"
-            assert eventually(lambda: waiting.lines(status=504, end="sH", why=why), 10), waiting.log
+            waiting.logged(10, status=504, end="sH", why="timed out: the server was silent for too long")
         assert len(silent.heads) == 1
 
 

@@ -133,7 +133,7 @@ def test_a_failed_call_has_a_reason(gateway: Gateway) -> None:
             wait_for(lambda b=before: sentences(gateway).count(words["openai/status-429"]) == b + 1, 30, seen=lambda: gateway.log)
 
 
-def test_what_is_no_call_is_in_it_too(gateway: Gateway) -> None:
+def test_a_malformed_request_is_logged_too(gateway: Gateway) -> None:
     with socket.create_connection(("127.0.0.1", gateway.port)) as caller:
         caller.sendall(b"no call\r\n\r\n")
     said = "no complete request" if gateway.settings.get("FRONT") != "0" else "Invalid HTTP request received."

@@ -1,12 +1,11 @@
 """Several gateways on one machine: side by side, and with ports that collide."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat, responses
-from support.gateway import PROJECT, START, Gateway, free_port, listening
+from support.gateway import START, Gateway, listening, refused
 from support.haproxy import NEEDS_HAPROXY
 
 pytestmark = NEEDS_HAPROXY
@@ -22,10 +21,12 @@ def first(egress: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
 def serves(gateway: Gateway) -> bool:
     """Whether calls are answered, by the vendor, with the help of the store, and by the page."""
     with caller(gateway.url) as client:
-        calls = [(CHAT, chat(MODELS[0])), ("/v1/responses", responses(MODELS[0], store=True))]
-        return (
-            all(client.post(path, headers=ALL_KEYS, json=body).is_success for path, body in calls) and client.get("/").is_success
-        )
+        answers = [
+            client.post(CHAT, headers=ALL_KEYS, json=chat(MODELS[0])),
+            client.post("/v1/responses", headers=ALL_KEYS, json=responses(MODELS[0], store=True)),
+            client.get("/"),
+        ]
+    return all(answer.is_success for answer in answers)
 
 
 def test_two_side_by_side_share_a_folder_and_nothing_else(first: Gateway, egress: dict[str, str]) -> None:
@@ -40,23 +41,11 @@ def test_two_side_by_side_share_a_folder_and_nothing_else(first: Gateway, egress
     assert serves(first)
 
 
-def refused(tmp_path: Path, **more: str) -> str:
-    """What a start that cannot succeed says."""
-    gateway = Gateway(tmp_path, START, PROJECT, **more)
-    gateway.launch()
-    try:
-        assert gateway.process.wait(60) == 2, gateway.log
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            gateway.stop(0)
-    return gateway.log
-
-
 def test_the_next_port_is_another_gateways_egress_door(first: Gateway, egress: dict[str, str], tmp_path: Path) -> None:
     said = refused(tmp_path, LLAMA_STACK_PORT=str(first.port + 1), **egress)
     assert said == f"Port {first.port + 1} is in use. Stop what listens there, or choose another with LLAMA_STACK_PORT.\n"
 
 
 def test_an_egress_door_does_not_take_another_gateways_port(first: Gateway, egress: dict[str, str], tmp_path: Path) -> None:
-    said = refused(tmp_path, LLAMA_STACK_PORT=str(free_port()), EGRESS_PORT=str(first.port), **egress)
+    said = refused(tmp_path, EGRESS_PORT=str(first.port), **egress)
     assert said == f"Port {first.port}, where the egress door is to listen, is in use. Choose another with EGRESS_PORT.\n"

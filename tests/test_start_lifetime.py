@@ -22,6 +22,7 @@ from support.calls import ALL_KEYS, CHAT, MODELS, caller, chat
 from support.figures import Figure
 from support.gateway import (
     ALONE,
+    BOTH_DOORS,
     HAPROXY,
     NOWHERE,
     PROJECT,
@@ -41,9 +42,6 @@ from support.vendors import KEYS, Vendors
 
 CTRL_C = b"\x03"
 SHELL = " ".join(START)
-
-# Both doors, where nobody is behind the egress door: it asks a name server that is not there.
-BOTH_DOORS = {"EGRESS_NAMESERVER": NOWHERE["EGRESS_NAMESERVER"]}
 
 
 class Running:

@@ -18,6 +18,7 @@ from support.callers import Stream
 from support.calls import RUN_YAML, message
 from support.gateway import (
     ALONE,
+    BOTH_DOORS,
     HAPROXY,
     NOWHERE,
     PROJECT,
@@ -32,8 +33,6 @@ from support.gateway import (
 from support.haproxy import NEEDS_HAPROXY
 from support.vendors import KEYS
 
-# Both doors, where nobody is behind the egress door: it asks a name server that is not there.
-BOTH_DOORS = {"EGRESS_NAMESERVER": NOWHERE["EGRESS_NAMESERVER"]}
 FEW_FILES = ("sh", "-c", f"ulimit -Sn 256; exec {' '.join(START)}")
 
 
@@ -167,7 +166,7 @@ def test_behind_a_front_the_server_is_for_this_machine_alone(begun: Gateway) -> 
 
 @NEEDS_HAPROXY
 @pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
-def test_every_address_is_every_one_of_ipv4_as_well(tmp_path: Path) -> None:
+def test_listening_on_every_ipv6_address_serves_ipv4_too(tmp_path: Path) -> None:
     gateway = Gateway(tmp_path, LLAMA_STACK_HOST="::", **BOTH_DOORS)
 
     def connected() -> bool:

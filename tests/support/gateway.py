@@ -30,6 +30,8 @@ BY_HAND = ("llama", "stack", "run", "run.yaml")
 ALONE = {"FRONT": "0", "EGRESS": "0"}
 # No vendor can be reached, which a start finds out at once: the discard port as a proxy, or as the egress door's name server.
 NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9", "EGRESS_NAMESERVER": "127.0.0.1:9"}
+# Both doors, where nobody is behind the egress door: it asks a name server that is not there.
+BOTH_DOORS = {"EGRESS_NAMESERVER": NOWHERE["EGRESS_NAMESERVER"]}
 
 # Debian keeps it where only root looks.
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin")

@@ -92,9 +92,9 @@ class HAProxy:
         lines = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
         return [line for line in lines if wanted.items() <= line.items()]
 
-    def logged(self, **wanted: Any) -> None:
+    def logged(self, seconds: float = 60, **wanted: Any) -> None:
         """Wait until a call with these fields is in the log."""
-        wait_for(lambda: self.lines(**wanted), seen=lambda: f"{wanted} is not in\n{self.log}")
+        wait_for(lambda: self.lines(**wanted), seconds, seen=lambda: f"{wanted} is not in\n{self.log}")
 
     def admin(self, command: str) -> str:
         """Say something to its admin socket and return the answer."""

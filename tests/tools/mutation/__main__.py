@@ -4,8 +4,8 @@ A change that goes unnoticed is a survivor: it needs a test, or a reason in its 
 tests run in a copy in which nothing is changed, because a test that fails there proves nothing.
 
     make mutants                      every change, with the result in results.md
-    make mutants ONLY="CORS|mode=rw"  those whose list, file or description has this (a regular expression); what the whole run
-                                      has listed as unnoticed, and is noticed by now, is marked in results.md
+    make mutants ONLY="CORS|mode=rw"  those whose list, file or description has this (a regular expression). What the whole
+                                      run did not notice and this one does is marked in results.md
     make mutants JOBS=1               one at a time
 
 The exit code is 0 only if every change was noticed, or survived as its list says.
@@ -222,14 +222,14 @@ def row_of(mutant: Mutant) -> str:
 
 
 def amend_results(verdicts: list[Verdict]) -> None:
-    """Say of changes that the whole run has listed as unnoticed, and that are noticed by now, since when."""
-    text = RESULTS.read_text() if RESULTS.exists() else ""
-    for each in verdicts:
-        for word in BAD if each.word == "caught" else ():
-            row = f"{row_of(each.mutant)}**{word}**"
-            text = text.replace(f"{row} |", f"{row} then; caught on {datetime.now(UTC):%-d %B %Y}, alone |")
-    if text:
-        RESULTS.write_text(text)
+    """Mark in the results what the whole run did not notice, and a later run of a part does."""
+    if not RESULTS.exists():
+        return
+    text, today = RESULTS.read_text(), f"{datetime.now(UTC):%-d %B %Y}"
+    caught = [row_of(each.mutant) for each in verdicts if each.word == "caught"]
+    for row, word in itertools.product(caught, BAD):
+        text = text.replace(f"{row}**{word}** |", f"{row}**{word}** in the whole run, caught in a later one on {today} |")
+    RESULTS.write_text(text)
 
 
 def main() -> int:
