@@ -270,7 +270,7 @@ def sockets_of(pid: int) -> Iterator[socket.socket]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the option")
 def test_a_connection_whose_network_has_gone_is_ended(door: HAProxy, server: httpx.Client, wire: Wire) -> None:
-    """After 20 s without an acknowledgement, rather than 15 minutes. Probes tell whatever translates addresses that it is in use."""
+    """After 20 s without an acknowledgement, rather than 15 minutes. Keep-alive probes tell NAT on the way that it is in use."""
     assert ask(server).is_success
     found = []
     for each in sockets_of(door.process.pid):
@@ -286,7 +286,7 @@ def test_a_connection_whose_network_has_gone_is_ended(door: HAProxy, server: htt
 
 
 def test_a_vendor_is_tried_at_its_other_address(vendors: Vendors, tmp_path: Path) -> None:
-    """Nobody listens any more at the one that it takes first: the call goes on at once, and its caller learns nothing."""
+    """Nobody listens any more at the one that it takes first: the call goes to the other at once, and its caller does not notice."""
     with contextlib.ExitStack() as stack:
         port = free_port()
         wires = {each: stack.enter_context(Wire(vendors.tls_port, each, port)) for each in ("127.0.0.1", "127.0.0.2")}
@@ -303,7 +303,7 @@ def test_a_vendor_is_tried_at_its_other_address(vendors: Vendors, tmp_path: Path
         assert len(vendors.seen_with("at the other address")) == 1
 
 
-def test_silence_is_told_as_such(vendors: Vendors, names: NameServer, tmp_path: Path) -> None:
+def test_a_silent_vendor_is_reported_as_silent(vendors: Vendors, names: NameServer, tmp_path: Path) -> None:
     """By a vendor that takes the call and says nothing, and by one that does not even speak TLS. Their waits are shorter here."""
     trusted = {"EGRESS_CA": str(vendors.ca_file)}
     with HAProxy(tmp_path / "1", SIDECAR, {"timeout server": "1s"}, **settings(names, vendors.tls_port), **trusted) as door:

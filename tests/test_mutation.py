@@ -15,7 +15,7 @@ def functions(file: Path) -> set[str]:
 
 
 def wrong_with(mutant: Mutant) -> str:
-    """What keeps a mutant of the lists from being one."""
+    """What is wrong with an entry of the lists, or nothing."""
     text = (PROJECT / mutant.file).read_text()
     try:
         if mutant.applied_to(text) == text:

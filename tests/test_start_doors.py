@@ -131,7 +131,7 @@ def test_the_egress_port_is_the_next_one_and_can_be_another(tmp_path: Path) -> N
 
 
 def test_haproxy_trusts_whom_the_operator_trusts(tmp_path: Path) -> None:
-    """And with nothing set a bundle of the system's, where it has one: without, HAProxy finds CAs on Debian only."""
+    """With nothing set, a bundle of the system's if there is one: without it HAProxy finds CAs on Debian only."""
     path, ran = path_with(tmp_path, NEW), tmp_path / "ran"
 
     def trusted(**settings: str) -> str | None:

@@ -188,8 +188,8 @@ def test_a_closed_terminal_leaves_nothing(tmp_path: Path) -> None:
         assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_make_that_is_told_to_end_takes_the_gateway_along(tmp_path: Path) -> None:
-    """By its process id alone, as a supervisor does."""
+def test_sigterm_to_make_ends_the_gateway_too(tmp_path: Path) -> None:
+    """To its process id alone, as a supervisor sends it."""
     environ = make_environ(tmp_path)
     packages = {name: environ[name] for name in ("PATH", "UV_PROJECT_ENVIRONMENT")}
     with just_begun(tmp_path, ("make", "server"), **packages) as gateway:
