@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from dnslib import RCODE, DNSError, DNSRecord
 from dnslib.server import DNSHandler
@@ -252,18 +254,18 @@ def test_while_name_servers_fail_the_last_address_serves_on(vendors: Vendors, tm
             assert "No connection" not in answer.text, (how, door.admin("show stat"))
 
 
-def sockets_of(pid: int) -> Iterator[socket.socket]:
-    """The TCP connections of a process, as sockets of ours. Source: pidfd_getfd(2), which Python has no function for."""
+def connections_to(port: int, pid: int) -> Iterator[socket.socket]:
+    """A process's TCP connections to a port, as sockets of ours. Source: pidfd_getfd(2), which Python has no function for."""
     process = os.pidfd_open(pid)
     try:
-        for descriptor in os.listdir(f"/proc/{pid}/fd"):
-            if os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("socket:"):
-                copy = ctypes.CDLL(None, use_errno=True).syscall(438, process, int(descriptor), 0)
-                if copy < 0:
-                    pytest.skip(f"this machine does not let us see another process's sockets: {os.strerror(ctypes.get_errno())}")
-                with socket.socket(fileno=copy) as found:
-                    if found.family == socket.AF_INET:
+        for each in psutil.Process(pid).net_connections("tcp4"):
+            if each.raddr and each.raddr.port == port:
+                copy = ctypes.CDLL(None, use_errno=True).syscall(438, process, each.fd, 0)
+                if copy >= 0:
+                    with socket.socket(fileno=copy) as found:
                         yield found
+                elif ctypes.get_errno() != errno.EBADF:  # It has been closed meanwhile.
+                    pytest.skip(f"this machine does not let us see another process's sockets: {os.strerror(ctypes.get_errno())}")
     finally:
         os.close(process)
 
@@ -272,17 +274,16 @@ def sockets_of(pid: int) -> Iterator[socket.socket]:
 def test_a_connection_whose_network_has_gone_is_ended(door: HAProxy, server: httpx.Client, wire: Wire) -> None:
     """After 20 s without an acknowledgement, rather than 15 minutes. Keep-alive probes tell NAT on the way that it is in use."""
     assert ask(server).is_success
-    found = []
-    for each in sockets_of(door.process.pid):
-        with contextlib.suppress(OSError):  # A listening socket is connected to nobody.
-            if each.getpeername()[1] == wire.port:
-                options = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
-                found.append(
-                    [each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
-                    + [each.getsockopt(socket.IPPROTO_TCP, option) for option in options]
-                )
+    options = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
+    found = [
+        [
+            each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+            *(each.getsockopt(socket.IPPROTO_TCP, option) for option in options),
+        ]
+        for each in connections_to(wire.port, door.process.pid)
+    ]
     assert found
-    assert all(options == [1, 20_000, 60, 20] for options in found), found
+    assert all(each == [1, 20_000, 60, 20] for each in found), found
 
 
 def test_a_vendor_is_tried_at_its_other_address(vendors: Vendors, tmp_path: Path) -> None:
