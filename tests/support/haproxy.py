@@ -72,7 +72,7 @@ class HAProxy:
     def __enter__(self) -> Self:
         self.start()
         ports = [port for name, port in {"front": self.port, "egress": self.egress_port}.items() if name in self.files]
-        up = eventually(lambda: self.process.poll() is not None or all(map(answers, ports)), 60)
+        up = eventually(lambda: self.process.poll() is not None or (all(map(answers, ports)) and self.socket.exists()), 60)
         if not up or self.process.poll() is not None:
             self.__exit__()
             raise RuntimeError(f"HAProxy did not start:\n{self.log}")
