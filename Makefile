@@ -37,11 +37,11 @@ demo: $(UV)  ## no keys: stand-in vendors, the gateway and main.py together (STA
 	$(call first,70)
 	@PYTHONPATH=tests $(UV) run --group dev python -m tools.demo $(if $(filter-out 0,$(STAY)),--stay)
 
-test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 5 minutes)
+test: $(UV)  ## the whole test suite, on loopback alone (Linux, about 4 minutes)
 	$(call first,160)
 	$(UV) run --group dev ruff check
 	$(UV) run --group dev ruff format --check
-	$(UV) run --group dev --group deploy --group browser pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(UV) run --group dev --group deploy --group browser pytest -n 5 --dist loadfile --no-loadscope-reorder
 
 image: $(UV)  ## build the container image with podman, run it and ask every model through it
 	$(UV) run --group dev pytest tests/test_image.py -m slow -s
