@@ -1,18 +1,36 @@
-"""Which doors HAProxy opens: whether it is there and new enough, what the operator demands, and what stands in the way.
+"""Which doors HAProxy opens, what it is told, and what its processes hold once they have begun.
 
-A HAProxy that only says its version and how it was started stands in for one, so that nothing is booted.
+For the first, a HAProxy that only says its version and how it was started stands in for one, so that nothing is booted.
 """
 
 import os
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
+import psutil
 import pytest
-from support.gateway import HAPROXY, PROJECT, Gateway, clean_environ, free_port, refused, wait_for
+import yaml
+from support.calls import RUN_YAML, message
+from support.gateway import (
+    BOTH_DOORS,
+    HAPROXY,
+    NOWHERE,
+    PROJECT,
+    START,
+    Gateway,
+    clean_environ,
+    free_port,
+    listening,
+    refused,
+    wait_for,
+)
 from support.haproxy import NEEDS_HAPROXY
+from support.parts import Running, can_listen, just_begun
 
 PROXY = {"HTTPS_PROXY": "http://ann:fake-secret@proxy.example:3128"}
 NEW = "HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https://haproxy.org/"
@@ -22,6 +40,8 @@ NONE = ""
 MISSING = "HAProxy 2.6 or later is not installed: keys in the header only, no native paths, no page. sudo apt-get install haproxy"
 THROUGH_A_PROXY = "HTTPS_PROXY is set, and HAProxy cannot go through another proxy: no egress door, no native paths."
 EGRESS, FRONT = "egress.cfg", "front.cfg"
+
+FEW_FILES = ("sh", "-c", f"ulimit -Sn 256; exec {' '.join(START)}")
 
 # Where systems keep all CAs in one file: Debian, Fedora, openSUSE, Alpine and macOS.
 BUNDLES = (
@@ -201,3 +221,90 @@ def test_haproxy_finds_nothing_to_say_about_the_configuration(tmp_path: Path, do
     )
     assert said.returncode == 0, said.stderr
     assert "WARNING" not in said.stderr
+
+
+# --- What the processes hold ---
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A gateway that has just begun, from a shell that allows few open files, for callers of other machines too."""
+    with just_begun(tmp_path_factory.mktemp("begun"), FEW_FILES, LLAMA_STACK_HOST="0.0.0.0") as begun:
+        yield begun
+
+
+@NEEDS_HAPROXY
+@pytest.mark.parametrize("part", ["server", "watchdog"])
+def test_while_one_of_them_lives_nobody_else_gets_the_port_to_which_keys_are_sent(begun: Running, part: str) -> None:
+    """Whatever else has ended, in whatever order: each has inherited the egress door's listening socket."""
+    held = {each.laddr for each in begun.named[part].net_connections() if each.status == psutil.CONN_LISTEN}
+    assert ("127.0.0.1", begun.ports[1]) in held, held
+
+
+@NEEDS_HAPROXY
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_nobody_else_becomes_localhost(begun: Running) -> None:
+    """`localhost` is ::1 to many clients, which would send their keys there."""
+    assert not can_listen("::1", begun.ports[0])
+
+
+@NEEDS_HAPROXY
+def test_behind_a_front_the_server_is_for_this_machine_alone(begun: Running) -> None:
+    assert begun.gateway.environ["LLAMA_STACK_HOST"] == "127.0.0.1"
+    assert listening(begun.ports[0]) == ["0.0.0.0"]
+
+
+@NEEDS_HAPROXY
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_listening_on_every_ipv6_address_serves_ipv4_too(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path, LLAMA_STACK_HOST="::", **BOTH_DOORS)
+
+    def connected() -> bool:
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", gateway.port)) == 0
+
+    assert gateway.environ_at_start(connected)
+
+
+@NEEDS_HAPROXY
+def test_nobody_else_finds_haproxys_admin_socket(begun: Running) -> None:
+    assert not [path for path in begun.gateway.home.rglob("*") if path.is_socket()]
+
+
+@NEEDS_HAPROXY
+def test_the_server_may_open_as_many_files_as_it_can_be_given(begun: Running) -> None:
+    """Each connection is one, and the server never closes an idle one."""
+    for part in ("server", "start"):
+        soft, hard = begun.named[part].rlimit(psutil.RLIMIT_NOFILE)
+        assert soft == (65_536 if hard == -1 else min(65_536, hard))
+
+
+@NEEDS_HAPROXY
+def test_the_egress_door_takes_the_vendors_that_it_knows_and_no_other(tmp_path: Path, project: Path) -> None:
+    """Not one that the operator has led elsewhere, nor one that is in run.yaml alone."""
+    more = {
+        "provider_id": "even",
+        "provider_type": "remote::passthrough",
+        "config": {"base_url": "${env.EVEN_PASSTHROUGH_URL:=https://even.example}"},
+    }
+    providers = RUN_YAML["providers"] | {"inference": [*RUN_YAML["providers"]["inference"], more]}
+    (project / "run.yaml").write_text(yaml.safe_dump(RUN_YAML | {"providers": providers}))
+    gateway = Gateway(tmp_path / "home", cwd=project, OPENAI_PASSTHROUGH_URL="https://ours.example", **BOTH_DOORS)
+    environ = gateway.environ_at_start()
+    door = f"http://127.0.0.1:{gateway.port + 1}"
+    assert {name: value for name, value in environ.items() if name.endswith("_PASSTHROUGH_URL")} == {
+        "OPENAI_PASSTHROUGH_URL": "https://ours.example",
+        "GEMINI_PASSTHROUGH_URL": f"{door}/gemini/v1beta/openai",
+        "ANTHROPIC_PASSTHROUGH_URL": f"{door}/anthropic",
+    }
+
+
+@NEEDS_HAPROXY
+def test_native_paths_are_closed_behind_an_operators_proxy(tmp_path: Path) -> None:
+    """HAProxy would go past it."""
+    with just_begun(tmp_path, **NOWHERE) as begun:
+        response = httpx.post(
+            f"{begun.gateway.url}/openai/v1/x", headers={"Authorization": "Bearer sk-fake"}, trust_env=False, timeout=60
+        )
+        assert response.status_code == 503
+        assert "HTTPS_PROXY" in message(response)

@@ -3,13 +3,15 @@
 Its environment is read from a start that ends at once; that it heeds it is seen where it runs.
 """
 
+import os
 from pathlib import Path
 
 import pytest
+import trustme
 import yaml
 from support.bare_servers import Accepts
 from support.calls import ALL_KEYS, CHAT, MODELS, RUN_YAML, caller, chat, responses
-from support.gateway import ALONE, HAPROXY, Gateway
+from support.gateway import ALONE, HAPROXY, PROJECT, Gateway
 from support.vendors import VENDORS, Vendors
 
 HASHED_CAS = [Path("/etc/ssl/certs"), Path("/etc/pki/ca-trust/extracted/pem/directory-hash")]
@@ -120,3 +122,21 @@ def test_nobody_is_called_by_plain_http(vendors: Vendors, tmp_path: Path) -> Non
             client.get("/v1/models", headers=ALL_KEYS)
         assert proxy.kept == []
     assert vendors.strangers == []
+
+
+def test_https_is_spoken_without_a_front_too(tmp_path: Path) -> None:
+    """By the server itself, which is told where the files are from wherever it runs. Behind a front it speaks plain HTTP."""
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
+    certificate.private_key_pem.write_to_path(tmp_path / "tls.key")
+    files = {
+        f"LLAMA_STACK_TLS_{kind}FILE": os.path.relpath(tmp_path / f"tls.{end}", PROJECT)
+        for kind, end in (("CERT", "crt"), ("KEY", "key"))
+    }
+    environ = Gateway(tmp_path / "alone", **files, **ALONE).environ_at_start()
+    assert {name: environ.get(name) for name in files} == {
+        "LLAMA_STACK_TLS_CERTFILE": str(tmp_path / "tls.crt"),
+        "LLAMA_STACK_TLS_KEYFILE": str(tmp_path / "tls.key"),
+    }
+    if HAPROXY:
+        assert not Gateway(tmp_path / "front", **files).environ_at_start().keys() & files.keys()

@@ -4,13 +4,10 @@ What needs no call is asked of a start that has just begun. `make faults` runs t
 """
 
 import contextlib
-import errno
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -37,61 +34,12 @@ from support.gateway import (
     wait_for,
 )
 from support.haproxy import NEEDS_HAPROXY
+from support.parts import can_listen, just_begun, running
 from support.terminal import Terminal
 from support.vendors import KEYS, Vendors
 
 CTRL_C = b"\x03"
 SHELL = " ".join(START)
-
-
-class Running:
-    """A gateway, and all of its processes by name. `ports` are those of the doors."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway, self.ports = gateway, (gateway.port, gateway.port + 1)
-        self.named: dict[str, psutil.Process] = {}
-        self.all: list[psutil.Process] = []
-
-    def find(self) -> bool:
-        """Look for the processes, the oldest first: one that is being made still has its maker's name. Whether all are there."""
-        self.all, self.named = family(self.gateway.process.pid), {}
-        for each in sorted(self.all, key=lambda process: (process.create_time(), process.pid)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                line = ["", *each.cmdline(), ""]
-                names = {"deploy/start": "start", "run.yaml": "server", "-db": "HAProxy"}
-                found = {names.get(word) for word in line} - {None} or ({"watchdog"} if "kill -KILL 0" in line[-2] else set())
-                for name in found:
-                    self.named.setdefault(name, each)
-        return self.named.keys() >= {"start", "server", "watchdog"} | ({"HAProxy"} if HAPROXY else set())
-
-    def assert_gone(self) -> None:
-        """All of it ends, and nobody listens on its ports."""
-        _, alive = psutil.wait_procs(self.all, 20)
-        left = [" ".join(each.cmdline()) for each in alive if each.status() != psutil.STATUS_ZOMBIE]
-        assert not left, f"still there: {left}"
-        assert not [port for port in self.ports if listening(port)]
-
-
-@contextlib.contextmanager
-def just_begun(home: Path, command: tuple[str, ...] = START, **settings: str) -> Iterator[Running]:
-    """A gateway of which all processes have just been started, and none can take a call yet."""
-    gateway = Gateway(home, command, **BOTH_DOORS | settings)
-    gateway.launch()
-    found = Running(gateway)
-    try:
-        wait_for(found.find, seen=lambda: f"{found.named}: {gateway.log}")
-        yield found
-    finally:
-        gateway.stop(3)
-
-
-@contextlib.contextmanager
-def running(home: Path, command: tuple[str, ...] = START, **settings: str) -> Iterator[Running]:
-    """A gateway that takes calls."""
-    with Gateway(home, command, **settings) as gateway:
-        found = Running(gateway)
-        found.find()
-        yield found
 
 
 # --- What is killed, or closed, or leaves ---
@@ -120,16 +68,6 @@ def test_when_a_part_is_killed_nothing_is_left(tmp_path: Path, vendors: Vendors,
     assert Gateway(tmp_path, LLAMA_STACK_PORT=str(gateway.gateway.port)).environ_at_start()
 
 
-def can_listen(rival: socket.socket, address: str, port: int) -> bool:
-    """Whether a socket can be bound there, and listen."""
-    try:
-        rival.bind((address, port))
-        rival.listen()
-    except OSError as error:
-        return error.errno != errno.EADDRINUSE
-    return True
-
-
 @NEEDS_HAPROXY
 def test_when_haproxy_is_killed_nobody_else_gets_the_egress_port_and_nothing_is_left(tmp_path: Path) -> None:
     """The start is kept from noticing for a while: the server, which sends keys there, and the watchdog hold the port."""
@@ -139,14 +77,29 @@ def test_when_haproxy_is_killed_nobody_else_gets_the_egress_port_and_nothing_is_
         gateway.named["HAProxy"].kill()
         wait_for(lambda: gateway.named["HAProxy"].status() == psutil.STATUS_ZOMBIE)
         for address in ("127.0.0.1", ""):
-            with socket.socket() as rival:
-                rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                assert not can_listen(rival, address, gateway.ports[1])
+            assert not can_listen(address, gateway.ports[1])
         gateway.named["start"].resume()
         assert gateway.gateway.process.wait(20) == 2
         gateway.assert_gone()
         assert "The HAProxy did not start." in gateway.gateway.log
+
+
+@NEEDS_HAPROXY
+def test_when_haproxy_is_killed_the_exit_code_tells(tmp_path: Path) -> None:
+    """So that systemd starts it again."""
+    with running(tmp_path, **NOWHERE) as gateway:
+        gateway.named["HAProxy"].kill()
+        assert gateway.gateway.process.wait(20) == 1
+        assert "The HAProxy has ended, and the gateway with it." in gateway.gateway.log
+
+
+@NEEDS_HAPROXY
+def test_a_server_that_is_killed_before_it_is_up_is_no_wrong_setting(tmp_path: Path) -> None:
+    """By the kernel, say, when memory is short: systemd tries again after 1, and not after 2."""
+    with just_begun(tmp_path) as gateway:
+        gateway.named["server"].kill()
+        assert gateway.gateway.process.wait(20) == 1
+        assert "The server did not start." in gateway.gateway.log
 
 
 def test_when_the_watchdog_is_killed_nothing_is_left(tmp_path: Path) -> None:
@@ -251,6 +204,26 @@ def test_a_reader_of_the_log_that_is_stuck_stops_nothing_and_is_told(tmp_path: P
             assert start.wait(20) == 0
 
 
+def test_a_gateway_whose_log_nobody_reads_ends(tmp_path: Path) -> None:
+    """Its pipe is full from the beginning."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(1024))
+    os.set_blocking(writing, True)
+    environ = clean_environ(tmp_path, LLAMA_STACK_PORT=str(free_port()), **ALONE, **NOWHERE)
+    with subprocess.Popen(START, env=environ, stdout=writing, stderr=subprocess.DEVNULL, cwd=PROJECT) as start:
+        try:
+            wait_for(lambda: len(family(start.pid)) >= 2)
+            start.terminate()
+            assert start.wait(20) == 0
+        finally:
+            start.kill()
+            for descriptor in (reading, writing):
+                os.close(descriptor)
+
+
 # --- How it stops ---
 
 
@@ -292,6 +265,25 @@ def test_a_stop_lets_streams_finish_and_refuses_new_calls(
     figures.append(Figure("SIGTERM with 4 streams in flight", outcome, time.monotonic() - start))
     assert "The gateway has stopped." in gateway.log.splitlines()[-1]
     assert_clean(gateway)
+
+
+@NEEDS_HAPROXY
+def test_other_signals_let_streams_finish_too(tmp_path: Path, egress: dict[str, str]) -> None:
+    """SIGHUP, of a terminal that is closed. Once the server has ended the front refuses, rather than leave callers waiting."""
+    with Gateway(tmp_path, **egress) as gateway:
+        chat = Stream(gateway, "openai/slow", "one two three")
+        key = {"Authorization": f"Bearer {KEYS['openai']}"}
+        native = Stream(gateway, "slow", "one two three " * 4, "/openai/v1/chat/completions", key)
+        server = psutil.Process(gateway.server)
+        gateway.process.send_signal(signal.SIGHUP)
+        chat.join(60)
+        assert chat.finished, (chat.problem, chat.lines[-3:])
+        server.wait(20)
+        wait_for(lambda: not listening(gateway.port), 10, seen=lambda: f"{native.is_alive()}: {listening(gateway.port)}")
+        assert native.is_alive(), "the port was closed when all was over"
+        native.join(60)
+        assert native.finished, (native.problem, native.lines[-3:])
+        assert gateway.process.wait(20) == 0
 
 
 def test_ctrl_c_lets_streams_finish_and_a_second_one_ends_them(tmp_path: Path, vendors: Vendors) -> None:
