@@ -85,7 +85,20 @@ def without_gained_nulls(before: Any, after: Any) -> Any:
 
 @dataclass
 class Exchange:
-    """One exchange of a list in tests/exchanges, as its fields say there; tests/exchanges/README.md tells what they mean."""
+    """One exchange of a list in tests/exchanges.
+
+    `send` is what the caller sends beside a plain question to `provider`. `arrives` is what the vendor sees of it, and `gets` what
+    the caller gets: what changes on the way, by its path, with `gone` for what is lost and `nothing` for a vendor that is not
+    called; an error has its `status` and some of its `words`. For the Responses API both are what comes, not what changes, and
+    `faithful` is what either would be if nothing were lost.
+
+    `answer` is the vendor's: `json` or `text` as a whole, or the ordinary one with another `message`, `choice`, or `more` fields,
+    with a `status`, `headers`, or `gzip`. A stream has its `events` or `choices` (the first delta `times` as long, `done: false`
+    for no end), and may come `bytewise`. Nulls that the server adds count as a change where `exact` says so.
+
+    `row` is its row in docs/differences.md, `passes` its item under “What passes” there. `around` shows the row's way around: the
+    fields that differ from this exchange, or those of `send` that go `inside` an `extra_body` and then arrive as the `whole`.
+    """
 
     name: str
     to: str
