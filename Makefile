@@ -52,7 +52,8 @@ rolling: $(UV)  ## restart and kill gateways behind a load balancer, and print w
 libraries: $(UV)  ## the client libraries' tests, with the newest release of each (asks the package indexes)
 	NEWEST_NODE=1 $(UV) run --isolated --no-project --refresh-package openai --refresh-package openai-agents \
 	  --refresh-package langchain-openai --refresh-package llama-stack-client \
-	  --with openai,openai-agents,langchain-openai,llama-stack-client --with psutil,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn \
+	  --with openai,openai-agents,langchain-openai,llama-stack-client \
+	  --with dnslib,opentelemetry-proto,psutil,pyjwt,pytest,pytest-timeout,pyyaml,starlette,trustme,uvicorn \
 	  pytest $(addprefix tests/test_,openai_sdk.py openai_agents.py responses.py shapes.py llama_stack_client.py langchain.py node.py)
 
 programs: $(UV)  ## the programs of docs/programs.md, each in a folder of its own (asks the package indexes)

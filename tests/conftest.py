@@ -4,7 +4,6 @@ import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -13,10 +12,9 @@ from support.both_ends import BothEnds
 from support.calls import ALL_KEYS, MODELS, caller, vendor_of
 from support.figures import Figure, write
 from support.gateway import Gateway, copy_project
+from support.network import NameServer, Wire
+from support.services import Services
 from support.vendors import KEYS, Vendors
-
-if TYPE_CHECKING:
-    from support.services import Services
 
 # The client libraries that the tests use, which may be other releases than those in uv.lock.
 LIBRARIES = ("openai", "openai-agents", "langchain-openai", "llama-stack-client")
@@ -64,10 +62,8 @@ def figures(pytestconfig: pytest.Config) -> Iterator[list[Figure]]:
 
 
 @pytest.fixture(scope="module")
-def services() -> Iterator["Services"]:
+def services() -> Iterator[Services]:
     """A team's identity provider and collector."""
-    from support.services import Services  # Needs packages that `make libraries` does without.
-
     with Services() as services:
         yield services
 
@@ -82,14 +78,26 @@ def vendors() -> Iterator[Vendors]:
 @pytest.fixture(scope="session")
 def egress(vendors: Vendors) -> Iterator[dict[str, str]]:
     """The settings with which an egress door finds the stand-ins: by a name server, and with their CA."""
-    from support.network import NameServer  # Needs a package that `make libraries` does without.
-
     with NameServer() as names:
         yield {
             "EGRESS_NAMESERVER": f"127.0.0.1:{names.port}",
             "EGRESS_VENDOR_PORT": str(vendors.tls_port),
             "SSL_CERT_FILE": str(vendors.ca_file),
         }
+
+
+@pytest.fixture(scope="module")
+def names() -> Iterator[NameServer]:
+    """A name server for an egress door to ask, where a test moves the vendors."""
+    with NameServer() as names:
+        yield names
+
+
+@pytest.fixture(scope="module")
+def wire(vendors: Vendors) -> Iterator[Wire]:
+    """The wire between an egress door and the stand-in vendors, where a test counts or cuts connections."""
+    with Wire(vendors.tls_port) as wire:
+        yield wire
 
 
 @pytest.fixture(scope="session")

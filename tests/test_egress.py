@@ -29,20 +29,6 @@ def settings(names: NameServer, port: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def names() -> Iterator[NameServer]:
-    """The name server that the egress door asks."""
-    with NameServer() as names:
-        yield names
-
-
-@pytest.fixture(scope="module")
-def wire(vendors: Vendors) -> Iterator[Wire]:
-    """The wire between the egress door and the stand-in vendors."""
-    with Wire(vendors.tls_port) as wire:
-        yield wire
-
-
-@pytest.fixture(scope="module")
 def server(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with both doors, with keys in its environment that are none of its business."""
     environ = settings(names, wire.port) | {"SSL_CERT_FILE": str(vendors.ca_file)} | KEY_VARIABLES

@@ -38,20 +38,6 @@ def settings(names: NameServer, port: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def names() -> Iterator[NameServer]:
-    """The name server that the door asks."""
-    with NameServer() as names:
-        yield names
-
-
-@pytest.fixture(scope="module")
-def wire(vendors: Vendors) -> Iterator[Wire]:
-    """The wire between the door and the stand-in vendors."""
-    with Wire(vendors.tls_port) as wire:
-        yield wire
-
-
-@pytest.fixture(scope="module")
 def door(vendors: Vendors, names: NameServer, wire: Wire, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HAProxy]:
     """The egress door."""
     environ = settings(names, wire.port) | {"EGRESS_CA": str(vendors.ca_file)}
