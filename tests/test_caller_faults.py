@@ -118,11 +118,10 @@ def test_errors_close_the_connection_unannounced(gateway: Gateway, figures: list
 
 
 @NEEDS_HAPROXY
-@pytest.mark.parametrize("size", [10, 60_000], ids=["a small call", "a large one"])
-def test_a_kept_connection_loses_no_call_after_an_error(gateway: Gateway, size: int) -> None:
+def test_a_kept_connection_loses_no_call_after_an_error(gateway: Gateway) -> None:
     """The server closes its side some ms after an error, without a word. The front sees to it that no caller notices."""
     answers = []
     with httpx.Client(base_url=gateway.url, trust_env=False, timeout=60) as client:
         for model in ["openai/status-401", "openai/gpt-4o"] * 40:
-            answers.append(client.post(CHAT, headers=ALL_KEYS, json=chat(model, "x" * size)).status_code)
+            answers.append(client.post(CHAT, headers=ALL_KEYS, json=chat(model)).status_code)
     assert answers == [401, 200] * 40

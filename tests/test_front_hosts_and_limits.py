@@ -287,6 +287,15 @@ def test_a_call_that_a_gateway_may_have_seen_is_not_sent_again(plain: Front, mon
     assert plain.seen() == before + 1
 
 
+def test_no_call_is_lost_where_the_server_closes_a_kept_connection(tmp_path: Path) -> None:
+    """As it does some ms after an error, without a word. A large call could not be sent again, so it takes a new connection."""
+    with front(tmp_path, gateway=Recorder("once"), START="1", START_WORKERS="1") as kept:
+        kept.haproxy.admin("enable server gateways/a")
+        for size in (10, 60_000):
+            answers = [kept.call(headers=LIST, content=b"x" * each).status_code for each in (10, size)]
+            assert answers == [200, 200], f"the second one had {size} bytes"
+
+
 def test_a_refused_connection_carried_nothing_and_another_gateway_is_asked(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -403,6 +412,8 @@ def test_what_a_page_asks_beforehand_is_answered(plain: Front, path: str) -> Non
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert response.headers["access-control-allow-headers"] == named
     assert {"GET", "POST", "DELETE"} <= set(response.headers["access-control-allow-methods"].split(", "))
+    assert int(response.headers["access-control-max-age"]) >= 60, "a browser would ask before each call"
+    assert "Origin" in response.headers["vary"], "a cache would hand one page's answer to another"
     assert not [name for name in refused.headers if name.startswith("access-control")]
     plain.haproxy.logged(status=403, why="closed to this caller", path=path)
 
@@ -420,6 +431,7 @@ def test_the_page_is_served(plain: Front, path: str) -> None:
     policy = dict(rule.strip().partition(" ")[::2] for rule in response.headers["content-security-policy"].split(";"))
     assert {policy.get(name) for name in ("default-src", "base-uri", "form-action", "frame-ancestors")} == {"'none'"}
     assert {policy.get(name) for name in ("script-src", "style-src", "connect-src")} == {"'self'"}
+    assert response.headers["cache-control"] == "no-cache", "a browser would show the page of the last release"
     assert response.headers["cross-origin-opener-policy"] == "same-origin"
     assert response.headers["referrer-policy"] == "no-referrer"
     assert response.headers["x-content-type-options"] == "nosniff"
@@ -505,6 +517,8 @@ def test_it_tells_that_it_starts_and_stops(tmp_path: Path) -> None:
             started.haproxy.admin("set server gateways/a state drain")
             for path in (CHAT, NATIVE["openai"], "/"):
                 assert "stopping" in started.refused(503, path, LIST)
+            assert started.call(headers=LIST).headers["retry-after"] == "2"
+            started.haproxy.logged(status=503, why="closed or starting or stopping")
             assert started.gateway.alive == 1
 
 

@@ -147,8 +147,8 @@ class Recorder(InBackground):
     """What stands in for a gateway where a test must see what one gets. A context manager.
 
     `heads` are the requests that came, as sent, without health checks. `mode` is what happens to them: "answer" with `answer`,
-    "close" the connection without an answer, or "stall". `alive` counts the connections that wait for an answer. Unless
-    `healthy`, health checks are closed without an answer.
+    "close" the connection without an answer, or "stall"; "once" answers, and closes when the next request comes on the connection.
+    `alive` counts the connections that wait for an answer. Unless `healthy`, health checks are closed without an answer.
     """
 
     def __init__(self, mode: str = "answer", answer: bytes = OK) -> None:
@@ -176,9 +176,11 @@ class Recorder(InBackground):
                 self.heads.append(head)
             if health and not self.healthy:
                 pass
-            elif self.mode == "answer" or health:
+            elif self.mode in ("answer", "once") or health:
                 writer.write(OK if health else self.answer)
                 await writer.drain()
+                if self.mode == "once":
+                    await reader.read(1)
             elif self.mode == "stall":
                 self.alive += 1
                 try:
